@@ -1,0 +1,206 @@
+"""Generation as a pure function: the scheduler's loop around the ragged forward pass, all of it on the device."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsjax.params import Params
+from dsjax.ragged.page_table import PageTable
+from dsjax.ragged.pages import KVPages
+from dsjax.ragged.schedule import admit, advance, has_prompts, plan, unfinished
+from dsjax.ragged.state import Counters, Finish, Outputs, Queue, Slots, State, slot_sequences
+from dsjax.request import Capacity, request
+from dsjax.sampling import sample
+from dsjax.transformer import forward
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns; entries at and past a sequence's length are 0."""
+
+    tokens: jax.Array  # int32[B, n, max_new_tokens], the stop id included
+    lengths: jax.Array  # int32[B, n]
+    logprobs: jax.Array  # float32[B, n, max_new_tokens], of each token under the model's own distribution
+    finish: jax.Array  # int32[B, n], a `dsjax.Finish`
+    sampling_logprobs: jax.Array | None  # float32[B, n, max_new_tokens], under the distribution sampled from
+    counters: Counters  # steps and preemptions
+
+
+def start(params: Params, queue: Queue, capacity: Capacity) -> State:
+    """The state before the first step: empty pages, free slots, nothing generated."""
+    sequences = queue.prompt.shape[0]
+    room = (sequences, capacity.max_new_tokens)
+    return State(
+        pages=KVPages.zeros(params.config, capacity.pages, capacity.page_size, capacity.kv_dtype),
+        table=PageTable.empty(capacity.slots, capacity.pages_per_slot, capacity.pages),
+        slots=Slots(jnp.full(capacity.slots, -1, jnp.int32), jnp.zeros(capacity.slots, jnp.int32)),
+        outputs=Outputs(
+            tokens=jnp.zeros(room, jnp.int32),
+            logprobs=jnp.zeros(room, jnp.float32),
+            sampling_logprobs=jnp.zeros(room, jnp.float32) if capacity.with_distribution else None,
+            lengths=jnp.zeros(sequences, jnp.int32),
+            finish=jnp.where(queue.limits > 0, Finish.RUNNING, Finish.LENGTH).astype(jnp.int32),
+        ),
+        counters=Counters(*(jnp.zeros((), jnp.int32) for _ in range(3))),
+    )
+
+
+def step(params: Params, queue: Queue, state: State, num_tokens: int, max_q_len: int | None = None) -> State:
+    """One pass: plan, forward, sample, advance.
+
+    Args:
+      params: parameter tree.
+      queue: the requests.
+      state: donate it; every buffer is updated in place.
+      num_tokens: tokens in the batch, at least the number of slots.
+      max_q_len: 1 for a step that only decodes.
+
+    Returns:
+      The next state.
+    """
+    with jax.named_scope("plan"):
+        state, batch = plan(queue, state, num_tokens, max_q_len)
+    logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len)
+    with jax.named_scope("sample"):
+        sequence = slot_sequences(state.slots, queue.prompt.shape[0])
+        prompt = queue.prompt.at[sequence].get(mode="clip")
+        generated = state.outputs.lengths.at[sequence].get(mode="clip")
+        keys = queue.keys[prompt]
+        for index in (queue.sample.at[sequence].get(mode="clip"), generated):
+            keys = jax.vmap(jax.random.fold_in)(keys, index)
+        drawn = sample(
+            logits,
+            jax.tree.map(lambda setting: setting[prompt], queue.sampling),
+            keys,
+            functools.partial(_history, queue, state.outputs, sequence, logits.shape[-1]),
+            with_distribution=state.outputs.sampling_logprobs is not None,
+        )
+    with jax.named_scope("advance"):
+        return advance(queue, state, batch, pages, *drawn)
+
+
+def _history(queue: Queue, outputs: Outputs, sequence: jax.Array, vocab: int) -> jax.Array:
+    """Known tokens of each slot, `int32[S, C]`, `vocab` where there is none."""
+    prompt = queue.prompt.at[sequence].get(mode="clip")
+    room = queue.tokens.shape[0] // queue.lengths.shape[0]
+    place = jnp.arange(room)
+    prompt_tokens = queue.tokens.at[queue.offsets[prompt][:, None] + place].get(mode="clip")
+    prompt_tokens = jnp.where(place < queue.lengths[prompt][:, None], prompt_tokens, vocab)
+    new_tokens = outputs.tokens.at[sequence].get(mode="clip")
+    written = jnp.arange(new_tokens.shape[1]) < outputs.lengths.at[sequence].get(mode="clip")[:, None]
+    return jnp.concatenate([prompt_tokens, jnp.where(written, new_tokens, vocab)], axis=1)
+
+
+def mixed_step(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+    """A pass with room for prompts, then admission, so that slots and prompts that it freed are used by the next."""
+    return admit(queue, step(params, queue, state, capacity.token_budget))
+
+
+def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+    """`steps_per_sync` passes of one token a slot, then admission.
+
+    The number of passes is known when the program is compiled, so a GPU's host does not wait for each.
+    """
+
+    def body(_, state):
+        return step(params, queue, state, capacity.slots, max_q_len=1)
+
+    return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _generate(params: Params, queue: Queue, capacity: Capacity) -> Generation:
+    def reads(state):
+        return has_prompts(queue, state)
+
+    def decodes(state):
+        return unfinished(state) & ~reads(state)
+
+    def round_of_steps(state):
+        state = lax.while_loop(reads, lambda state: mixed_step(params, queue, state, capacity), state)
+        return lax.while_loop(decodes, lambda state: decode_steps(params, queue, state, capacity), state)
+
+    state = lax.while_loop(unfinished, round_of_steps, admit(queue, start(params, queue, capacity)))
+    outputs = state.outputs
+    by_prompt = jax.tree.map(lambda x: x.reshape(-1, capacity.samples, *x.shape[1:]), outputs)
+    return Generation(
+        tokens=by_prompt.tokens,
+        lengths=by_prompt.lengths,
+        logprobs=by_prompt.logprobs,
+        finish=by_prompt.finish,
+        sampling_logprobs=by_prompt.sampling_logprobs,
+        counters=state.counters,
+    )
+
+
+def generate(
+    params: Params,
+    tokens: Any,
+    lengths: Any = None,
+    *,
+    max_new_tokens: int,
+    limits: Any = None,
+    key: Any = None,
+    temperature: Any = 0.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    logit_bias: Any = None,
+    stop_ids: Any = (),
+    ignore_eos: Any = False,
+    n: int = 1,
+    slots: int | None = None,
+    pages: int | None = None,
+    page_size: int = 64,
+    token_budget: int | None = None,
+    steps_per_sync: int | None = None,
+    kv_dtype: Any = None,
+    return_sampling_logprobs: bool = False,
+) -> Generation:
+    """Continue prompts: continuous batching over paged memory, inside one pure function.
+
+    Traceable: it works under a caller's `jit` and under a mesh. New parameter values, lengths, keys and sampling
+    settings run the same compiled program. A sequence's tokens and log-probabilities depend on its prompt, settings and
+    key alone, not on what else is in the batch, nor on slots, pages or budget. Samples of one prompt share its pages.
+
+    Args:
+      params: parameter tree, fused (`dsjax.prepare`) or not.
+      tokens: lists of token ids, or right-padded `int32[B, L]`.
+      lengths: `int32[B]`, prompt lengths of an array; default all `L`.
+      max_new_tokens: room for new tokens; static.
+      limits: `int32[B]` or one, most new tokens of a request, at most `max_new_tokens`, which is the default.
+      key: a PRNG key, of which request `b` gets `fold_in(key, b)`, or one key for each request. Sample `i` of a request
+        draws its token `t` with `fold_in(fold_in(request's key, i), t)`.
+      temperature: one or `[B]`; 0 is greedy.
+      top_k: one or `[B]`; only the `top_k` likeliest tokens are drawn; 0 is off.
+      top_p: one or `[B]`; only the likeliest tokens that together have this probability; 1 is off.
+      min_p: one or `[B]`; only tokens at least `min_p` times as likely as the likeliest; 0 is off.
+      repetition_penalty: one or `[B]`, over the prompt and what was generated (arXiv 1909.05858); 1 is off.
+      logit_bias: `float32[V]` or `[B, V]`, added to the logits first.
+      stop_ids: ids that end a request besides the model's own, `[E]` or `[B, E]` padded with -1.
+      ignore_eos: one or `[B]`; leave out the model's own stop ids.
+      n: samples of each prompt; static.
+      slots: sequences that run at once, default all up to 64; static.
+      pages: pages in the pool, default enough for all slots; static. With fewer, sequences wait, and the newest are
+        put back and computed again when pages run out.
+      page_size: tokens a page; static.
+      token_budget: tokens of a step that reads prompts, default all prompt tokens up to 512; static.
+      steps_per_sync: decode steps between two looks at the queue, default 1 on a CPU and 16 elsewhere; static.
+      kv_dtype: of the pages, default the embedding's; static.
+      return_sampling_logprobs: also keep log-probabilities under the distribution that was sampled from; static.
+
+    Returns:
+      Tokens, lengths, log-probabilities and why each sequence stopped.
+
+    Raises:
+      RequestError: what can not be served, with the remedy.
+      ParameterError: the tree does not fit its config.
+    """
+    queue, capacity = request(**locals())
+    return _generate(params, queue, capacity)

@@ -1,0 +1,1 @@
+"""The functional layers of the transformer: `(parameters, activations) -> activations`."""

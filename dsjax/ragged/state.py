@@ -1,0 +1,106 @@
+"""What a run of the scheduler carries from step to step, all of it visible.
+
+A *sequence* is one sample of one prompt. Its text is never stored twice: the prompt stands in the queue, what was
+generated in the outputs, and a slot knows only which sequence it runs and how many of its keys are written. So taking a
+sequence out of its slot (preemption) forgets nothing but keys, and these are computed again.
+"""
+
+import dataclasses
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.ragged.page_table import PageTable
+from dsjax.ragged.pages import KVPages
+
+
+class Finish(IntEnum):
+    """Why a sequence ended."""
+
+    RUNNING = 0  # it has not
+    STOP = 1  # it generated a stop id
+    LENGTH = 2  # it reached its limit of new tokens, or the model's context
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, for each prompt or, gathered, for each slot."""
+
+    temperature: jax.Array  # float32[B], 0 is greedy
+    top_k: jax.Array  # int32[B], 0 is off
+    top_p: jax.Array  # float32[B], 1 is off
+    min_p: jax.Array  # float32[B], 0 is off
+    repetition_penalty: jax.Array  # float32[B], 1 is off
+    logit_bias: jax.Array | None  # float32[B, V]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """What is asked for: prompts, and the sequences that are wanted of them."""
+
+    tokens: jax.Array  # int32[B * L], prompts one after the other
+    offsets: jax.Array  # int32[B], where each begins
+    lengths: jax.Array  # int32[B], prompt tokens
+    keys: jax.Array  # key[B]
+    sampling: Sampling
+    stop_ids: jax.Array  # int32[B, E], -1 where there is none
+    prompt: jax.Array  # int32[Q], prompt of each sequence
+    sample: jax.Array  # int32[Q], which sample of that prompt it is
+    limits: jax.Array  # int32[Q], most tokens to generate
+    order: jax.Array  # int32[Q], all different; the lowest is served first and preempted last
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What came out so far."""
+
+    tokens: jax.Array  # int32[Q, max_new_tokens]
+    logprobs: jax.Array  # float32[Q, max_new_tokens], under the model's own distribution
+    sampling_logprobs: jax.Array | None  # float32[Q, max_new_tokens], under the distribution sampled from
+    lengths: jax.Array  # int32[Q], tokens generated
+    finish: jax.Array  # int32[Q], a `Finish`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The places in a batch."""
+
+    sequence: jax.Array  # int32[S], -1 when free
+    context: jax.Array  # int32[S], tokens whose keys are written
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What the scheduler did."""
+
+    mixed_steps: jax.Array  # int32, steps with room for prompts
+    decode_steps: jax.Array  # int32, steps of one token a slot
+    preemptions: jax.Array  # int32, sequences put back for want of pages
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that a step changes; its buffers are donated to the step and come back updated."""
+
+    pages: KVPages
+    table: PageTable
+    slots: Slots
+    outputs: Outputs
+    counters: Counters
+
+
+def slot_sequences(slots: Slots, num_sequences: int) -> jax.Array:
+    """Sequence of each slot, `Q` (out of range) for free ones, so that scatters drop and gathers can fill."""
+    return jnp.where(slots.sequence < 0, num_sequences, slots.sequence)
+
+
+def known_tokens(queue: Queue, outputs: Outputs) -> jax.Array:
+    """Tokens of each sequence that exist: its prompt and what it generated, `int32[Q]`."""
+    return queue.lengths[queue.prompt] + outputs.lengths

@@ -1,0 +1,1 @@
+"""Where checkpoints come from: Hugging Face folders, GGUF files, the hub."""

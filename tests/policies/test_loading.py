@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import policies
+from dsjax.errors import CheckpointError, ConfigError
+from dsjax.params import Params, flatten, leaf_specs
+from dsjax.quantization import QuantizedArray
+from dsjax.sharding import named_sharding
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", jnp.float16, np.dtype("float32")])
+def test_dtype_of_plain_leaves(save_hf, dtype):
+    folder, _ = save_hf("llama")
+    params = policies.load(str(folder), dtype=dtype)
+    assert isinstance(params, Params)
+    expected = jnp.dtype(dtype or "float32")
+    whole = flatten(policies.load(folder))
+    for path, leaf in flatten(params).items():
+        assert isinstance(leaf, jax.Array) and leaf.dtype == expected
+        np.testing.assert_array_equal(leaf, whole[path].astype(expected))
+
+
+def test_default_dtype_of_an_accelerator(save_hf, monkeypatch):
+    folder, _ = save_hf("llama")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in flatten(policies.load(folder)).values())
+
+
+def test_quantize(write_gguf, gguf_parts):
+    path = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q4_1, tied=True))
+    kept = flatten(policies.load(path, dtype="bfloat16"))
+    plain = flatten(policies.load(path, dtype="bfloat16", quantize="none"))
+    assert sum(isinstance(leaf, QuantizedArray) for leaf in kept.values()) == 15
+    for name, leaf in plain.items():
+        assert isinstance(leaf, jax.Array) and leaf.dtype == kept[name].dtype == jnp.bfloat16
+        expected = kept[name].dequantize() if isinstance(kept[name], QuantizedArray) else kept[name]
+        np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int4"}, "quantize='int4' is not supported; None .* and 'none'"),
+        ({"dtype": "int8"}, "dtype=int8 is not supported; supported are: float32, bfloat16, float16"),
+        ({"dtype": "float99"}, "dtype='float99' is not a dtype"),
+    ],
+)
+def test_wrong_options_come_before_any_file(options, message):
+    with pytest.raises(ConfigError, match=message):
+        policies.load("no/such-model", **options)
+
+
+def test_mesh_spreads_leaves(write_gguf, gguf_parts):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    path = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q4_0))
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = policies.load(path)
+    alone, spread = flatten(params), flatten(policies.load(path, mesh=mesh))
+    plain = flatten(policies.load(path, mesh=mesh, quantize="none"))
+    queries = spread["layers.0.attention.q.weight"]
+    assert {shard.data.shape for shard in queries.values.addressable_shards} == {(32, 32)}
+    assert {shard.data.shape for shard in queries.scales.addressable_shards} == {(32, 2)}
+    whole = plain["layers.0.attention.q.weight"]
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(32, 64)}
+    assert spread["final_norm.scale"].sharding.is_fully_replicated
+    for name, leaf in alone.items():
+        jax.tree.map(np.testing.assert_array_equal, leaf, spread[name])
+        expected = named_sharding(mesh, leaf_specs(params.config)[name].axes, plain[name].shape)
+        assert plain[name].sharding.is_equivalent_to(expected, plain[name].ndim), name
+        np.testing.assert_array_equal(plain[name], leaf.dequantize() if isinstance(leaf, QuantizedArray) else leaf)
+
+
+def test_a_safetensors_file_alone(save_hf):
+    folder, _ = save_hf("llama")
+    with pytest.raises(CheckpointError, match=f"give the folder that holds it, with its config.json: {folder}$"):
+        policies.load(folder / "model.safetensors")
+
+
+def test_a_missing_file():
+    with pytest.raises(CheckpointError, match="'missing.gguf': no such file or folder"):
+        policies.load("missing.gguf")
+
+
+MEASURE = r"""
+import re, sys
+import jax
+import policies
+
+def peak():  # not getrusage's, which a process inherits from the one that starts it
+    return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+small, large, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+policies.load(small, **options)  # the runtime's own memory, and every program but for its shapes
+before = peak()
+params = policies.load(large, **options)
+print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.parametrize("case", ["safetensors", "cast", "quantized", "dequantized"])
+def test_peak_memory_is_the_tree_and_two_tensors(save_hf, write_gguf, gguf_parts, case):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads the peak as Linux counts it")
+    if case in ("safetensors", "cast"):
+        sizes = dict(vocab_size=16000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2)
+        small, _ = save_hf("llama", folder="small")
+        large, _ = save_hf("llama", folder="large", **sizes)
+        # In float32: 62.5 MiB of embedding, and as much of head.
+        options, largest = {"dtype": "bfloat16"} if case == "cast" else {}, 16000 * 1024 * 4
+    else:
+        small = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q8_0), name="small.gguf")
+        large = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q8_0, hidden=2048, ffn=6144), name="large.gguf")
+        plain = case == "dequantized"
+        options, largest = {"quantize": "none"} if plain else {}, 2048 * 6144 * (4 if plain else 34 / 32)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), str(small), str(large), repr(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    grown, tree = map(int, done.stdout.split())
+    assert grown > 0.8 * tree, "the measurement saw no tree"
+    assert grown <= tree + 2 * largest, f"{grown / 2**20:.0f} MiB for a tree of {tree / 2**20:.0f}"

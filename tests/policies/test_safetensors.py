@@ -1,0 +1,184 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import policies
+from dsjax.errors import CheckpointError, ConfigError
+from dsjax.params import flatten, leaf_specs
+from policies.base import write_tensors
+from policies.sources.safetensors import HfFolder, read_header
+
+
+def check_equal(params, model):
+    theirs = {name: weight.to(torch.float32).numpy() for name, weight in model.state_dict().items()}
+    ours = dict(write_tensors(params, policies.get(params.config.model_type)))
+    tied = {"lm_head.weight"} if params.config.tie_embeddings else set()
+    assert ours.keys() == theirs.keys() - tied
+    for name, leaf in ours.items():
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("llama", {"head_dim": 24, "dtype": torch.bfloat16}),
+        ("mistral", {"dtype": torch.float16}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen2", {"shard": "40KB"}),
+    ],
+)
+def test_leaves_are_transformers_weights(save_hf, family, fields):
+    folder, model = save_hf(family, **fields)
+    params = policies.load(folder, dtype="float32")
+    assert (len(list(folder.glob("*.safetensors"))) > 2) == ("shard" in fields)
+    check_equal(params, model)
+    assert list(flatten(params)) == list(leaf_specs(params.config))
+    assert params.config == policies.load_config(folder)
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(values))
+
+
+def test_generation_config_names_the_ends(save_hf):
+    folder, _ = save_hf("llama")
+    edit_json(folder / "config.json", eos_token_id=2, bos_token_id=None)
+    edit_json(folder / "generation_config.json", eos_token_id=[7, 8], bos_token_id=6)
+    assert policies.load_config(folder).eos_ids == (7, 8)
+    assert policies.load_config(folder).bos_id == 6
+    edit_json(folder / "generation_config.json", eos_token_id=None)
+    assert policies.load_config(folder).eos_ids == (2,)
+    (folder / "generation_config.json").unlink()
+    assert policies.load_config(folder).eos_ids == (2,)
+    assert policies.load_config(folder).bos_id is None
+
+
+def test_config_errors_name_the_file(save_hf):
+    folder, _ = save_hf("llama")
+    edit_json(folder / "config.json", qk_norm=True)
+    with pytest.raises(ConfigError, match=r"config\.json: config field qk_norm=True is unknown"):
+        policies.load(folder)
+    edit_json(folder / "config.json", model_type="mamba")
+    with pytest.raises(ConfigError, match=r"'mamba' is not supported; supported are: .*llama"):
+        policies.load(folder)
+
+
+def test_shapes_must_fit_the_config(save_hf):
+    folder, _ = save_hf("llama")
+    edit_json(folder / "config.json", intermediate_size=95)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \[96, 64\]"):
+        policies.load(folder)
+
+
+def test_truncated_file(save_hf):
+    folder, _ = save_hf("llama")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"should have {len(whole)} bytes, has {len(whole) - 1}; it is truncated"
+    ):
+        policies.load(folder)
+    for size in (0, 5, 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="ends inside its header; it is truncated"):
+            policies.load(folder)
+
+
+def test_damaged_header(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def write(header, data=b"\0" * 8):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    write({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}})
+    assert read_header(path)["a"].shape == (2,)
+    write({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}})
+    with pytest.raises(CheckpointError, match=r"tensor 'a' \[3\] does not take 8 bytes"):
+        read_header(path)
+    for header in (b"{", [1], {"a": {}}, {"a": 3}, {"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}):
+        write(header)
+        with pytest.raises(CheckpointError, match="damaged header"):
+            read_header(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_a_checkpoint_error(tmp_path_factory, data):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    file = bytearray(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    for _ in range(data.draw(st.integers(1, 3))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    path.write_bytes(file[: data.draw(st.integers(0, len(file)))])
+    try:
+        read_header(path)
+    except CheckpointError:
+        pass
+
+
+def test_unread_dtype_is_named(save_hf):
+    folder, _ = save_hf("llama")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(CheckpointError, match="is of dtype I32, which is not read; these are: F32, F16, BF16"):
+        policies.load(folder)
+
+
+def test_missing_files(save_hf, tmp_path):
+    folder, _ = save_hf("llama", shard="40KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"{shard.name}: the file is missing"):
+        policies.load(folder)
+    (tmp_path / "away").rename(shard)
+
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first = sorted(folder.glob("*.safetensors"))[0].name
+    edit_json(index, weight_map=dict.fromkeys(places, first))
+    with pytest.raises(CheckpointError, match=f"promises tensor '.*' in '{first}', which lacks it"):
+        policies.load(folder)
+    edit_json(index, weight_map=dict.fromkeys(places, "../" + first))
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        policies.load(folder)
+    edit_json(index, weight_map=None)
+    with pytest.raises(CheckpointError, match="has no 'weight_map'"):
+        policies.load(folder)
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        policies.load(folder)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="there is no model.safetensors or model.safetensors.index.json"):
+        policies.load(folder)
+    assert policies.load_config(folder).num_layers == 2
+
+
+def test_folders_that_hold_something_else(tmp_path, save_hf):
+    with pytest.raises(CheckpointError, match="there is no config.json in this folder, which holds: nothing"):
+        policies.load(tmp_path)
+    (tmp_path / "model-q4.gguf").touch()
+    with pytest.raises(CheckpointError, match="give the path of one of them, such as .*model-q4.gguf"):
+        policies.load(tmp_path)
+    folder, _ = save_hf("llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="torch files.* not read yet; convert them to safetensors"):
+        policies.load(folder)
+
+
+def test_a_tensor_does_not_change_with_its_file(save_hf):
+    folder, _ = save_hf("llama")
+    tensor = HfFolder(folder).read("model.norm.weight")
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    np.testing.assert_array_equal(tensor, np.ones(64, np.float32))
