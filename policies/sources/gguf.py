@@ -1,21 +1,23 @@
 """GGUF files: llama.cpp's single-file format of metadata and (mostly quantized) tensors.
 
-The file's header is parsed here and not by `gguf.GGUFReader`, which makes several numpy views of every vocabulary
-entry: 2.9 s for the 49,152 tokens of SmolLM2 on two cores, where this takes 0.1 s. Type numbers, block sizes and the
-dequantization of K-quants are the `gguf` package's. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The `gguf` package reads the header and dequantizes K-quants; tensors are read with plain file reads, one at a time:
+pages of a mapped file stay in the process's resident memory and would count a second time for the tree. Reading the
+header takes time and memory that grow with the vocabulary (SmolLM2's 49,152 tokens: about a second and 80 MB, given
+back), so the loader and the tokenizer share what was read. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
 import functools
-import math
-import mmap
-import struct
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
 
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError
@@ -24,19 +26,6 @@ from policies.base import Shape, WeightMap
 from policies.gguf_models import gguf_config, gguf_weights
 
 _MAGIC = b"GGUF"
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -67,53 +56,61 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclasses.dataclass(frozen=True)
 class _Header:
-    """A cursor over the mapped file that never reads past its end."""
+    """What a file says before its tensors' data; holds nothing of the mapped file."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
 
-    def take(self, count: int) -> bytes:
-        piece = self.data[self.at : self.at + count]
-        if len(piece) < count:
-            raise CheckpointError("the file ends inside its header; it is truncated, fetch it again")
-        self.at += count
-        return piece
 
-    def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{code}", self.take(struct.calcsize(code) * count))
+class _Reader(GGUFReader):
+    """The package's reader, stopped where the file ends.
 
-    def string(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode("utf-8", errors="replace")
+    Its own reads return what is left, and so would take a damaged length, which may be 2**60 items, at its word.
+    """
 
-    def value(self, kind: int) -> Any:
-        if kind == GGUFValueType.STRING:
-            return self.string()
-        if kind == GGUFValueType.ARRAY:
-            item, count = struct.unpack("<IQ", self.take(12))
-            if item == GGUFValueType.STRING:
-                return [self.string() for _ in range(count)]
-            return list(self.numbers(self._code(item), count))
-        return self.numbers(self._code(kind))[0]
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if isinstance(self.data, np.memmap):
+            # Views of a plain array take half the memory, and less than half the time.
+            self.data = self.data.view(np.ndarray)
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise CheckpointError(
+                f"the file should have at least {end} bytes, has {len(self.data)}; it is truncated or damaged, fetch "
+                "it again"
+            )
+        return super()._get(offset, dtype, count, override_order)
 
-    def _code(self, kind: int) -> str:
-        if kind not in _SCALARS:
-            raise CheckpointError(f"the header has a value of unknown type {kind}; the file is damaged or too new")
-        return _SCALARS[GGUFValueType(kind)]
 
-    def tensor(self) -> tuple[str, TensorInfo]:
-        """One tensor's line, its offset still counted from the start of the data."""
-        name = self.string()
-        shape = tuple(reversed(self.numbers("Q", self.numbers("I")[0])))
-        number, offset = struct.unpack("<IQ", self.take(12))
-        try:
-            kind = GGMLQuantizationType(number)
-        except ValueError as error:
-            raise CheckpointError(f"tensor '{name}' has the unknown type {number}") from error
-        block, nbytes = GGML_QUANT_SIZES[kind]
-        if shape and shape[-1] % block:
-            raise CheckpointError(f"tensor '{name}' {list(shape)} can not be cut into blocks of {block}")
-        return name, TensorInfo(shape, kind, offset, math.prod(shape) // block * nbytes)
+@functools.lru_cache(maxsize=2)
+def _read_header(path: Path, modified: int, size: int) -> _Header:
+    """The header of the file that has this size and time of modification, read once a process."""
+    try:
+        with np.errstate(over="raise"):
+            reader = _Reader(path)
+        # The reader adds keys of its own for the counts at the head of the file.
+        fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        metadata = {key: field.contents() for key, field in fields.items()}
+        tensors = {
+            tensor.name: TensorInfo(
+                tuple(reversed(tensor.shape.tolist())), tensor.tensor_type, tensor.data_offset, tensor.n_bytes
+            )
+            for tensor in reader.tensors
+        }
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:  # it has none of its own
+        raise CheckpointError(
+            f"the header can not be read ({error}); the file is damaged, fetch it again, or too new for the installed "
+            "gguf package"
+        ) from error
+    if reader.endianess != GGUFEndian.LITTLE:
+        raise CheckpointError("this is a big-endian file; only little-endian ones are read")
+    parts = metadata.get("split.count", 0)
+    if parts not in (0, 1):
+        raise CheckpointError(f"this is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`")
+    return _Header(MappingProxyType(metadata), MappingProxyType(tensors))
 
 
 class GgufFile:
@@ -121,6 +118,10 @@ class GgufFile:
 
     Args:
       path: the file.
+
+    Attributes:
+      metadata: the values of the key-value section.
+      tensors: where each tensor lies, by name.
 
     Raises:
       CheckpointError: the file is missing, truncated, damaged, or not GGUF.
@@ -132,44 +133,13 @@ class GgufFile:
             with open(path, "rb") as file:
                 if file.read(4) != _MAGIC:
                     raise CheckpointError("this is not a GGUF file (its first bytes are not 'GGUF')")
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    self._parse(_Header(data), len(data))
+                state = os.fstat(file.fileno())
+            header = _read_header(self.path, state.st_mtime_ns, state.st_size)
         except OSError as error:
             raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-
-    def _parse(self, header: _Header, size: int) -> None:
-        header.take(4)
-        version = header.numbers("I")[0]
-        if version not in (2, 3):
-            raise CheckpointError(f"GGUF version {version} is not read; 2 and 3 (little-endian) are")
-        tensors, pairs = header.numbers("Q", 2)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(pairs):
-            key = header.string()
-            self.metadata[key] = header.value(header.numbers("I")[0])
-        infos = [header.tensor() for _ in range(tensors)]
-
-        parts = self.metadata.get("split.count", 0)
-        if parts not in (0, 1):
-            raise CheckpointError(
-                f"this is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`"
-            )
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"general.alignment={alignment!r} is not a positive integer")
-        start = -(-header.at // alignment) * alignment
-        self.tensors: dict[str, TensorInfo] = {}
-        for name, info in infos:
-            if name in self.tensors:
-                raise CheckpointError(f"tensor '{name}' is listed twice")
-            placed = self.tensors[name] = dataclasses.replace(info, offset=start + info.offset)
-            if placed.offset + placed.nbytes > size:
-                raise CheckpointError(
-                    f"tensor '{name}' should end at byte {placed.offset + placed.nbytes}, the file has {size}; it is "
-                    "truncated, fetch it again"
-                )
+        self.metadata, self.tensors = header.metadata, header.tensors
 
     @property
     def origin(self) -> str:

@@ -1,42 +1,38 @@
 """Hugging Face folders: config.json beside one or many safetensors files.
 
-A safetensors file is eight bytes of header length, a JSON header, and the tensors end to end
-(https://github.com/huggingface/safetensors). Tensors are read with plain file reads, not mapped: pages of a mapped file
-stay in the process's resident memory until the kernel wants them back, and would count a second time for the tree.
+The `safetensors` package maps a file to read it, and pages of a mapped file stay in the process's resident memory. So
+each tensor is read with the file opened anew, and the tree is never in memory twice.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - teaches numpy bfloat16, which safetensors asks it for by name
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError
 from policies import registry
 from policies.base import Shape, WeightMap
 
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = ("F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, safetensors dtype name, shape, and first byte in the file."""
+    """Where one tensor lies, and what it is: file, safetensors dtype name, and shape."""
 
     path: Path
     kind: str
     shape: Shape
-    offset: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,40 +52,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """One safetensors file, mapped as long as the context lasts; its errors name the file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can not be read: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: can not be read ({error}); the file is truncated or damaged, fetch it again"
+        ) from error
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file by name.
 
     Raises:
       CheckpointError: the file is missing, truncated, or not safetensors.
     """
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > size:
-                raise CheckpointError(f"{path}: ends inside its header; it is truncated or not a safetensors file")
-            header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        tensors, ends = {}, [start]
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            info = tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), start + begin)
-            fits = info.kind not in _DTYPES or math.prod(info.shape) * _DTYPES[info.kind].itemsize == end - begin
-            if not fits or begin < 0:
-                raise CheckpointError(f"{path}: tensor '{name}' {list(info.shape)} does not take {end - begin} bytes")
-            ends.append(start + end)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: has a damaged header ({error})") from error
-    if max(ends) > size:
-        raise CheckpointError(f"{path}: should have {max(ends)} bytes, has {size}; it is truncated, fetch it again")
-    return tensors
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: TensorInfo(path, item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
 
 
 class HfFolder:
@@ -176,9 +163,13 @@ class HfFolder:
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in memory of its own, in float32, float16 or bfloat16 as stored."""
-        info, dtype = self.tensors[name], _DTYPES[self.tensors[name].kind]
-        return np.fromfile(info.path, dtype, math.prod(info.shape), offset=info.offset).reshape(info.shape)
+        """One tensor in memory of its own, in float32, float16 or bfloat16 as stored.
+
+        Raises:
+          CheckpointError: the file is missing or was damaged since its header was read.
+        """
+        with _opened(self.tensors[name].path) as file:
+            return file.get_tensor(name)
 
 
 def _what_is_there(path: Path) -> str:

@@ -13,13 +13,6 @@ CACHE_BYTES = 1024 * 512 * 2
 ROWS = jax.ShapeDtypeStruct((4, 512), jnp.bfloat16)
 
 
-@pytest.fixture
-def gpu_compiler():
-    """Skips the test, and says why, where the CUDA plugin is missing."""
-    if reason := targets.available():
-        pytest.skip(reason)
-
-
 def update(cache, rows, key):
     at = jax.random.randint(key, (4,), 0, cache.shape[0])
     return cache.at[at].set(rows)

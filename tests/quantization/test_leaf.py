@@ -34,7 +34,7 @@ def make(scheme, rng, rows, groups):
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(rows=st.integers(1, 5), groups=st.integers(1, 4), seed=st.integers(0, 99))
 def test_dequantize(scheme, rows, groups, seed):
     leaf, weight = make(scheme, np.random.default_rng(seed), rows, groups)
