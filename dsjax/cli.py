@@ -7,6 +7,7 @@ need it: usage and its errors do not wait for it.
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import os
 import platform
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give a command: generate, chat or info")
     # XLA's notes on CPU features and tuning are not for who asked a question; its errors are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Until the first token: tracing makes very many objects, all of them wanted, and looking through them for garbage
+    # takes a twelfth of the time until then.
+    gc.disable()
     try:
         args.run(args)
         sys.stdout.flush()
@@ -61,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _report(error)
         return 1
+    finally:
+        gc.enable()
 
 
 def _report(error: Exception) -> None:
@@ -254,6 +260,7 @@ def _answer(args: argparse.Namespace, session: "Session", ids: list[int], begin:
     from dsjax.tokenizer import StreamDecoder
 
     steps = _steps(args, session, ids)
+    gc.enable()
     ready = time.perf_counter()
     with _status(args, f"reading the prompt, {len(ids)} tokens") as say:
         step = next(steps)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 from flax import traverse_util
 
 import dsjax
@@ -33,6 +34,15 @@ def test_tree_functions_keep_the_config(tiny_params, tiny_config):
     updates, _ = optax.sgd(0.1).update(tiny_params, optax.sgd(0.1).init(tiny_params))
     assert optax.apply_updates(tiny_params, updates).config == tiny_config
     assert "parameters" in repr(tiny_params)
+
+
+def test_orbax_restores_the_tree(tmp_path, tiny_params, tiny_config):
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tree", tiny_params)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "tree", dsjax.abstract(tiny_config))
+    assert restored.config == tiny_config
+    chex.assert_trees_all_equal(restored, tiny_params)
 
 
 def test_shapes_only(tiny_config, tiny_params):

@@ -65,10 +65,7 @@ class _Header:
 
 
 class _Reader(GGUFReader):
-    """The package's reader, stopped where the file ends.
-
-    Its own reads return what is left, and so would take a damaged length, which may be 2**60 items, at its word.
-    """
+    """The package's reader, stopped where the file ends; by itself it would count a damaged length to the end."""
 
     def _get(self, offset, dtype, count=1, override_order=None):
         if isinstance(self.data, np.memmap):
