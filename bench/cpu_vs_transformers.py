@@ -63,8 +63,8 @@ def transformers_backend(path: str):
     file = pathlib.Path(path)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model: Any = load(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # go on after the end of the text
 
     def run(tokens: np.ndarray, new: int) -> np.ndarray:

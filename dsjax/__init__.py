@@ -48,7 +48,6 @@ _CONTENTS = {
     "policies": ("load", "load_config"),
 }
 _MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -60,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_MODULE_OF)

@@ -214,7 +214,7 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
 
     def cast(leaf):
         if isinstance(leaf, QuantizedArray):
-            return leaf.dequantize(dtype) if dequantize else leaf.astype(dtype or leaf.dtype)
+            return _dequantize(leaf, dtype=dtype) if dequantize else leaf.astype(dtype or leaf.dtype)
         return leaf if dtype is None else leaf.astype(dtype)
 
     leaves = {path: cast(leaf) for path, leaf in flatten(params).items()}
@@ -227,6 +227,10 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
     return unflatten(leaves, params.config)
 
 
+_dequantize = jax.jit(QuantizedArray.dequantize, static_argnames="dtype")
+
+
+@jax.jit
 def _join(pieces: list[Any]):
     """Join along `out`; quantized pieces of one scheme stay quantized, mixed ones are dequantized."""
     if all(isinstance(piece, QuantizedArray) for piece in pieces):

@@ -99,8 +99,8 @@ class Session:
         first token and the next.
         """
         sizes = (capacity, queue.tokens.shape, queue.stop_ids.shape)
-        programs = () if sizes in self._compiled else (streaming._mixed, streaming._decode)
-        state = jax.eval_shape(lambda params, queue: streaming._begin(params, queue, capacity), self._shapes, queue)
+        programs = () if sizes in self._compiled else (streaming.mixed, streaming.decode)
+        state = jax.eval_shape(lambda params, queue: streaming.begin(params, queue, capacity), self._shapes, queue)
 
         def build(program):
             program.lower(self._shapes, queue, state, capacity).compile()
@@ -111,7 +111,7 @@ class Session:
             for job in jobs:
                 job.result()
         self._compiled.add(sizes)
-        return streaming._steps(params, queue, capacity)
+        return streaming.follow(params, queue, capacity)
 
 
 def _room(needed: int, least: int) -> int:

@@ -26,17 +26,20 @@ class StreamStep:
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _begin(params: Params, queue: Queue, capacity: Capacity) -> State:
+def begin(params: Params, queue: Queue, capacity: Capacity) -> State:
+    """The first state, with the prompt admitted."""
     return admit(queue, start(params, queue, capacity))
 
 
 @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="state")
-def _mixed(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+def mixed(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+    """Read the next piece of the prompt; consumes the state."""
     return mixed_step(params, queue, state, capacity)
 
 
 @functools.partial(jax.jit, static_argnames="capacity", donate_argnames="state")
-def _decode(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+def decode(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
+    """Generate the next tokens; consumes the state."""
     return decode_steps(params, queue, state, capacity)
 
 
@@ -57,16 +60,17 @@ def stream(params: Params, tokens: Sequence[int], **options: Any) -> Iterator[St
     if options.get("n", 1) != 1:
         raise RequestError("stream follows one sequence; use generate for n > 1")
     queue, capacity = request(params, [list(tokens)], **options)
-    return _steps(params, queue, capacity)
+    return follow(params, queue, capacity)
 
 
-def _steps(params: Params, queue: Queue, capacity: Capacity) -> Iterator[StreamStep]:
-    state = _begin(params, queue, capacity)
+def follow(params: Params, queue: Queue, capacity: Capacity) -> Iterator[StreamStep]:
+    """The steps of a request that is laid out for one sequence, as `stream` yields them."""
+    state = begin(params, queue, capacity)
     total = int(queue.lengths[0])
     read = given = 0
     finish = Finish.RUNNING
     while finish == Finish.RUNNING:
-        state = (_mixed if total - read > 1 else _decode)(params, queue, state, capacity)
+        state = (mixed if total - read > 1 else decode)(params, queue, state, capacity)
         length, finish, context = (
             int(x[0]) for x in jax.device_get((state.outputs.lengths, state.outputs.finish, state.slots.context))
         )

@@ -32,7 +32,10 @@ CASES = {
     "llama": ("Llama", {}),
     "llama-mha-tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-gqa3-head64": ("Llama", {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}),
-    "llama-gqa7-head16": ("Llama", {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 16}),
+    "llama-gqa7-head16": (
+        "Llama",
+        {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 16},
+    ),
     "llama-gqa8-head80": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 80}),
     "llama-head96-odd-vocabulary": ("Llama", {"head_dim": 96, "vocab_size": 1009}),
     "llama-head128": ("Llama", {"head_dim": 128, "num_attention_heads": 2}),

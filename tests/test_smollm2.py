@@ -55,7 +55,8 @@ if __name__ == "__main__":
     numbers = merge_sort([5, 3, 9, 1, 7])
     print(numbers, binary_search(numbers, 7))
 """,
-    """Dear Margaret, thank you for your letter of the 14th, which reached me only yesterday because the ferry had not run
+    """Dear Margaret, thank you for your letter of the 14th, which reached me only yesterday because the ferry had
+not run
 for a week. The storm took two of the old pear trees and most of the slates from the barn, but nobody was hurt and the
 bees seem not to have noticed. We have had the builder here; he scratched his head, drank four cups of tea, and promised
 a price by Friday. I do not hope for much. The children ask every day when you will come. Tom has learned to whistle and
@@ -71,14 +72,16 @@ and the electrons at last reduce NADP. Water is split to replace them, and oxyge
 Calvin cycle, needs no light. The enzyme RuBisCO fixes carbon dioxide onto a sugar of five carbons; the product splits
 at once into two molecules of three carbons, and ATP and NADPH from the first stage turn these into sugar. Six turns of
 the cycle give one glucose. About 1% of the light that falls on a field of wheat ends as energy in its grain.""",
-    """Q: What is the capital of Australia? A: Canberra. Q: How many sides has a hexagon? A: Six. Q: Who wrote "Pride and
+    """Q: What is the capital of Australia? A: Canberra. Q: How many sides has a hexagon? A: Six. Q: Who wrote "Pride
+and
 Prejudice"? A: Jane Austen, in 1813. Q: What is 17 * 23? A: 391. Q: Which planet is the largest in the solar system? A:
 Jupiter. Q: What do you call a young swan? A: A cygnet. Q: In which year did the Berlin Wall fall? A: 1989. Q: What is
 the chemical symbol of gold? A: Au. Q: How many strings has a violin? A: Four. Q: Which is the longest river in Africa?
 A: The Nile. Q: What is the square root of 144? A: 12. Q: Who painted the ceiling of the Sistine Chapel? A:
 Michelangelo. Q: Which gas do plants take in? A: Carbon dioxide. Q: How many minutes are there in a day? A: 1,440. Q:
 What is the freezing point of water in degrees Fahrenheit? A: 32. Q: Which language has the most native speakers? A:
-Mandarin Chinese. Q: Who was the first person to walk on the moon? A: Neil Armstrong, on 20 July 1969. Q: What colour""",
+Mandarin Chinese. Q: Who was the first person to walk on the moon? A: Neil Armstrong, on 20 July 1969. Q: What
+colour""",
 ]
 PROMPTS = [
     "The capital of France is",

@@ -2,8 +2,8 @@
 
 The `gguf` package reads the header and dequantizes K-quants; tensors are read with plain file reads, one at a time:
 pages of a mapped file stay in the process's resident memory and would count a second time for the tree. Reading the
-header takes time and memory that grow with the vocabulary (SmolLM2's 49,152 tokens: about a second and 80 MB, given
-back), so the loader and the tokenizer share what was read. Format:
+header takes time and memory that grow with the vocabulary (SmolLM2's 49,152 tokens: about a second, and for that second
+80 MB), so the loader and the tokenizer share what was read. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -37,6 +37,7 @@ _BLOCKS = {
     GGMLQuantizationType.Q8_0: SCHEMES["q8_0"],
 }
 _DEQUANTIZED = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K)
+_PIECE = 2**15  # blocks read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,24 +180,31 @@ class GgufFile:
           F32, F16 and BF16 as they are. Q4_0, Q4_1 and Q8_0 as a quantized leaf of numpy arrays with the file's
           integers and scales, except vectors, which are dequantized, as Q4_K, Q5_K and Q6_K are, to float32.
         """
-        info = self.tensors[name]
-        data = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
-        if info.kind in _PLAIN:
-            return data.view(_PLAIN[info.kind]).reshape(info.shape)
-        data = data.reshape(*info.shape[:-1], -1)
-        scheme = _BLOCKS.get(info.kind)
+        info, scheme = self.tensors[name], _BLOCKS.get(self.tensors[name].kind)
         if scheme is None or len(info.shape) < 2:
-            return dequantize(data, info.kind)
+            data = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
+            if info.kind in _PLAIN:
+                return data.view(_PLAIN[info.kind]).reshape(info.shape)
+            return dequantize(data.reshape(*info.shape[:-1], -1), info.kind)
 
-        blocks = data.reshape(*info.shape[:-1], -1, GGML_QUANT_SIZES[info.kind][1])
-        first = 4 if scheme.has_minimum else 2
+        size, nbytes = GGML_QUANT_SIZES[info.kind]
+        floats = 2 if scheme.has_minimum else 1
+        number = np.int8 if scheme.bits == 8 else np.uint8
+        block = np.dtype([("floats", np.float16, (floats,)), ("values", number, (nbytes - 2 * floats,))])
+        *rows, columns = info.shape
         # Any: the leaf's components are numpy arrays until they are put on a device.
-        floats: Any = blocks[..., :first].copy().view(np.float16)
-        values: Any = blocks[..., first:].reshape(*info.shape[:-1], -1)
+        values: Any = np.empty((info.nbytes // nbytes, nbytes - 2 * floats), number)
+        scales: Any = np.empty((floats, *rows, columns // size), np.float16)
+        # In pieces, so that the file's layout and the leaf's are never both in memory.
+        for begin in range(0, len(values), _PIECE):
+            count = min(_PIECE, len(values) - begin)
+            piece = np.fromfile(self.path, block, count, offset=info.offset + begin * nbytes)
+            values[begin : begin + count] = piece["values"]
+            scales.reshape(floats, -1)[:, begin : begin + count] = piece["floats"].T
         return QuantizedArray(
-            values=values.view(np.int8) if scheme.bits == 8 else values,
-            scales=floats[..., 0].copy(),
-            minimums=floats[..., 1].copy() if scheme.has_minimum else None,
+            values=values.reshape(*rows, -1),
+            scales=scales[0],
+            minimums=scales[1] if scheme.has_minimum else None,
             scheme=scheme,
             dtype=np.dtype(np.float32),
         )
