@@ -63,9 +63,18 @@ def available() -> tuple[str, int]:
 
 def peak() -> tuple[int, int | None]:
     """Most bytes that this process used so far: resident on the host, and on the first device if it tells."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stats = jax.devices()[0].memory_stats() or {}
-    return resident * (1 if sys.platform == "darwin" else 1024), stats.get("peak_bytes_in_use")
+    return _peak_resident(), stats.get("peak_bytes_in_use")
+
+
+def _peak_resident() -> int:
+    # Linux starts ru_maxrss at that of the parent; VmHWM is this process's own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def readable(nbytes: float) -> str:

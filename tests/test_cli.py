@@ -328,6 +328,9 @@ def test_version(capsys):
 def test_process(model, answer, tmp_path):
     """As a command: plain text on a pipe, programs kept for the next run, silence when the reader leaves."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    # Without the CUDA plugin of the tests, which talks on stderr when it finds no GPU.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if Path(path).name != "cuda")
     environment |= {"DSJAX_CACHE": str(tmp_path / "cache"), "PYTHONUTF8": "1", "XLA_FLAGS": ""}
     command = [*RUN, "generate", model, "-p", "Once", "--ignore-eos", "--max-tokens", "30"]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
