@@ -38,6 +38,17 @@ def attention(q, key_pages, value_pages, page_table, cu_q_lens, kv_lens, *, scal
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def _gather(buffer, pages):
+    """Pages `[..., step]` of every head, end to end: `[..., K, step * p, H]`.
+
+    From a view of the pool in which a page of one head is a row, so that the result comes in order, with no transpose.
+    """
+    num_pages, kv_heads, page_size, head_dim = buffer.shape
+    rows = pages[..., None, :] * kv_heads + jnp.arange(kv_heads)[:, None]
+    picked = buffer.reshape(num_pages * kv_heads, page_size, head_dim).at[rows].get(mode="clip")
+    return picked.reshape(*rows.shape[:-1], -1, head_dim)
+
+
 def _softmax_step(carry, scores, visible, values, contract):
     """One step of the online softmax over a block of keys; statistics and sums in float32."""
     highest, total, acc = carry
@@ -55,7 +66,7 @@ def _start(shape):
 
 def _decode(q, key_pages, value_pages, table, kv_lens, window, step):
     """One query a slot, `[S, K, G, H]`, at position `kv_lens - 1`; slots of length 0 give zero."""
-    slots, page_size = q.shape[0], key_pages.shape[2]
+    page_size = key_pages.shape[2]
     keys_per_step = step * page_size
     first_key = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0)
     begin = jnp.min(jnp.where(kv_lens > 0, first_key, jnp.iinfo(jnp.int32).max)) // keys_per_step
@@ -65,11 +76,7 @@ def _decode(q, key_pages, value_pages, table, kv_lens, window, step):
         pages = lax.dynamic_slice_in_dim(table, index * step, step, axis=1)
         position = index * keys_per_step + jnp.arange(keys_per_step)
         visible = (position < kv_lens[:, None]) & (position >= first_key[:, None])
-        # [S, step, K, p, H] -> [S, K, step * p, H]
-        keys, values = (
-            buffer.at[pages].get(mode="clip").swapaxes(1, 2).reshape(slots, -1, keys_per_step, q.shape[-1])
-            for buffer in (key_pages, value_pages)
-        )
+        keys, values = (_gather(buffer, pages) for buffer in (key_pages, value_pages))
         values = jnp.where(visible[:, None, :, None], values, 0)
         scores = jnp.einsum("skgh,sknh->skgn", q, keys, preferred_element_type=jnp.float32)
         return _softmax_step(carry, scores, visible[:, None, None], values, "skgn,sknh->skgh")
@@ -80,8 +87,7 @@ def _decode(q, key_pages, value_pages, table, kv_lens, window, step):
 
 def _prefill(q, key_pages, value_pages, table, cu_q_lens, q_lens, kv_lens, window, step):
     """The queries `[T, K, G, H]` of slots with `q_lens > 0`, block by block; other rows hold nothing of use."""
-    tokens, kv_heads, group, head_dim = q.shape
-    page_size = key_pages.shape[2]
+    tokens, page_size = q.shape[0], key_pages.shape[2]
     keys_per_step = step * page_size
     block = min(QUERIES_PER_BLOCK, tokens)
     blocks_before = jnp.cumsum((q_lens + block - 1) // block)
@@ -100,11 +106,7 @@ def _prefill(q, key_pages, value_pages, table, cu_q_lens, q_lens, kv_lens, windo
             visible = key_position <= position[:, None]
             if window is not None:
                 visible &= key_position > position[:, None] - window
-            # [step, K, p, H] -> [K, step * p, H]
-            keys, values = (
-                buffer.at[pages].get(mode="clip").swapaxes(0, 1).reshape(kv_heads, keys_per_step, head_dim)
-                for buffer in (key_pages, value_pages)
-            )
+            keys, values = (_gather(buffer, pages) for buffer in (key_pages, value_pages))
             values = jnp.where((key_position < kv_lens[slot])[:, None], values, 0)
             scores = jnp.einsum("kqgh,knh->kqgn", rows, keys, preferred_element_type=jnp.float32)
             return _softmax_step(carry, scores, visible[:, None], values, "kqgn,knh->kqgh")
