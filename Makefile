@@ -46,7 +46,7 @@ compare: $(VENV)/.installed-compare
 	$(call test_env,$(VENV)) $(BIN)/python -m pytest -m compare $(ARGS)
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python bench/cpu_vs_transformers.py $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.cpu_vs_transformers $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@status=0; \

@@ -20,7 +20,7 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "torch", "transfor
             versions[name] = None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([pathlib.Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([f"python -m bench.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "revision": _revision(),
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
