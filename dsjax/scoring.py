@@ -24,7 +24,7 @@ def logits(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B 
 
     Args:
       params: parameter tree.
-      tokens: lists of token ids, or right-padded `int32[B, L]`.
+      tokens: lists of token ids (padded to a power of two `L`), or right-padded `int32[B, L]`.
       lengths: `int32[B]`, default all `L`.
 
     Returns:
@@ -41,7 +41,7 @@ def score(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B L
 
     Args:
       params: parameter tree.
-      tokens: lists of token ids, or right-padded `int32[B, L]`.
+      tokens: lists of token ids (padded to a power of two `L`), or right-padded `int32[B, L]`.
       lengths: `int32[B]`, default all `L`.
 
     Returns:
