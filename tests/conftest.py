@@ -26,8 +26,9 @@ from policies.sources.hub import fetch_wheel_model
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-# The same examples every time, so that a failure can be repeated; `--hypothesis-profile=default` looks for others.
+# The same examples every time, so that a failure can be repeated; `--hypothesis-profile=random` looks for others.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
