@@ -13,6 +13,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.ragged.state import Sampling
+from pallas_kernels.dispatch import current_gpu
+from pallas_kernels.sampling_threshold import sampling_threshold
 
 
 def penalize(
@@ -36,26 +38,6 @@ def penalize(
     return jax.vmap(one)(logits, history, penalty)
 
 
-def _ordered(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Integers that sort as the floats do."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _largest_threshold(keys: Int[Array, "S V"], weights: Float[Array, "S V"], wanted: Float[Array, "S"]):
-    """The largest key such that the weights of keys at or above it sum to at least `wanted`: 32 halvings, exact."""
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # ceil of the mean, without overflow
-        enough = jnp.sum(jnp.where(keys >= middle[:, None], weights, 0), axis=1) >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    info = jnp.iinfo(jnp.int32)
-    bounds = (jnp.full(keys.shape[0], info.min, jnp.int32), jnp.full(keys.shape[0], info.max, jnp.int32))
-    return lax.fori_loop(0, 32, halve, bounds)[0]
-
-
 def keep(logits: Float[Array, "S V"], sampling: Sampling) -> Bool[Array, "S V"]:
     """Which tokens top-k, top-p and min-p leave, each over what the one before left.
 
@@ -66,17 +48,17 @@ def keep(logits: Float[Array, "S V"], sampling: Sampling) -> Bool[Array, "S V"]:
     Returns:
       True where a token may be drawn; at least one in each row.
     """
-    vocab = logits.shape[-1]
-    keys = _ordered(logits)
-    top_k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    kept = keys >= _largest_threshold(keys, jnp.ones_like(logits), top_k.astype(jnp.float32))[:, None]
-    probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-    # A mass of 1 may never be reached in float32; there, and at 0, the exact answers are known.
-    nucleus = keys >= _largest_threshold(keys, probability, sampling.top_p)[:, None]
-    kept &= nucleus | (sampling.top_p >= 1)[:, None]
-    likeliest = jnp.max(logits, axis=-1, keepdims=True)
-    kept &= logits >= likeliest + jnp.log(sampling.min_p)[:, None]
-    return kept | (logits >= likeliest)
+    lowest = sampling_threshold(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+    return logits >= lowest[:, None]
+
+
+def _for_some(rows: Bool[Array, "S"], change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`change(x)`, which leaves all but some rows as they are.
+
+    A CPU skips it when there are none. On a GPU the host would have to wait to learn that, and the step would no longer
+    be one CUDA graph.
+    """
+    return lax.cond(jnp.any(rows), change, lambda x: x, x) if current_gpu() is None else change(x)
 
 
 def sample(
@@ -103,32 +85,25 @@ def sample(
     if sampling.logit_bias is not None:
         logits = logits + sampling.logit_bias
     if history is not None:
-        logits = lax.cond(
-            jnp.any(sampling.repetition_penalty != 1),
-            lambda x: penalize(x, history(), sampling.repetition_penalty),
-            lambda x: x,
-            logits,
-        )
-    greedy = jnp.argmax(logits, axis=-1)
+        penalty = sampling.repetition_penalty
+        logits = _for_some(penalty != 1, lambda x: penalize(x, history(), penalty), logits)
     is_greedy = sampling.temperature <= 0
 
     def draw(logits):
         scaled = logits / jnp.where(is_greedy, 1, sampling.temperature)[:, None]
         filtering = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-        scaled = lax.cond(
-            jnp.any(filtering & ~is_greedy),
-            lambda x: jnp.where(keep(x, sampling), x, -jnp.inf),
-            lambda x: x,
-            scaled,
-        )
+        scaled = _for_some(filtering & ~is_greedy, lambda x: jnp.where(keep(x, sampling), x, -jnp.inf), scaled)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        token = jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1))
+        token = jnp.argmax(jnp.where(is_greedy[:, None], logits, scaled + noise), axis=-1)
         return token, _log_probability(scaled, token) if with_distribution else jnp.zeros(token.shape)
 
     def pick(logits):
-        return greedy, jnp.zeros(greedy.shape)
+        return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[:1])
 
-    token, used = lax.cond(jnp.all(is_greedy), pick, draw, logits)
+    if current_gpu() is None:
+        token, used = lax.cond(jnp.all(is_greedy), pick, draw, logits)
+    else:
+        token, used = draw(logits)
     used = jnp.where(is_greedy, 0.0, used)  # greedy decoding draws from a distribution of one token
     return token.astype(jnp.int32), _log_probability(own, token), used if with_distribution else None
 

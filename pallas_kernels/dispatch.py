@@ -95,9 +95,7 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def choose(
-    op: str, refusals: Mapping[str, Sequence[str]], implementation: str | None, gpu: Gpu | None = None
-) -> str:
+def choose(op: str, refusals: Mapping[str, Sequence[str]], implementation: str | None, gpu: Gpu | None = None) -> str:
     """Choose the backend of an op.
 
     Args:
