@@ -39,7 +39,7 @@ class ModelConfig:
       model_type: the family's name as Hugging Face spells it, for messages and for writing checkpoints back.
       vocab_size: rows of the embedding (V).
       hidden_size: width of the residual stream (D).
-      intermediate_size: width of the gated feed-forward layer (F).
+      intermediate_size: width of the gated feed-forward layer, or of one of its experts (F).
       num_layers: transformer layers (L).
       num_heads: query heads (N).
       num_kv_heads: key/value heads (K); divides `num_heads`.
@@ -52,9 +52,13 @@ class ModelConfig:
       attention_bias: q, k and v have biases.
       attention_out_bias: the attention output has a bias.
       mlp_bias: gate, up and down have biases.
+      qk_norm: every head of q and k has an RMS norm before it is rotated; one scale for all heads of a kind.
       tie_embeddings: the head is the embedding.
       windows: sliding window of each layer in tokens, `None` for full attention; empty means full everywhere. A window
         of `w` lets a query see itself and the `w - 1` tokens before it.
+      num_experts: feed-forward networks of a layer that a router chooses from (E); 0 for one that all tokens share.
+      experts_per_token: how many the router chooses.
+      renormalize_experts: the weights of those chosen add up to 1; else they are their probabilities among all.
       bos_id: token that begins a text, or `None`.
       eos_ids: tokens that end a generation.
     """
@@ -75,8 +79,12 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     windows: tuple[int | None, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    renormalize_experts: bool = True
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -93,6 +101,13 @@ class ModelConfig:
             raise ConfigError(f"windows names {len(self.windows)} layers, the model has {self.num_layers}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ConfigError(f"a sliding window must be at least 1 token, got {self.windows}")
+        if not (self.num_experts == self.experts_per_token == 0 or 1 <= self.experts_per_token <= self.num_experts):
+            raise ConfigError(
+                f"experts_per_token={self.experts_per_token} does not fit num_experts={self.num_experts}; give 1 to "
+                "num_experts, or 0 for both"
+            )
+        if self.num_experts and self.mlp_bias:
+            raise ConfigError("mlp_bias is not supported for experts")
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise ConfigError(f"rope_scaling has {len(scaling.factors)} factors, head_dim={self.head_dim} needs half")

@@ -16,6 +16,7 @@ from dsjax.ragged.state import Counters, Finish, Outputs, Queue, Slots, State, s
 from dsjax.request import Capacity, request
 from dsjax.sampling import sample
 from dsjax.transformer import forward
+from pallas_kernels.dispatch import prefers_kernels
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,14 @@ def start(params: Params, queue: Queue, capacity: Capacity) -> State:
     )
 
 
-def step(params: Params, queue: Queue, state: State, num_tokens: int, max_q_len: int | None = None) -> State:
+def step(
+    params: Params,
+    queue: Queue,
+    state: State,
+    num_tokens: int,
+    max_q_len: int | None = None,
+    implementation: str | None = None,
+) -> State:
     """One pass: plan, forward, sample, advance.
 
     Args:
@@ -59,13 +67,15 @@ def step(params: Params, queue: Queue, state: State, num_tokens: int, max_q_len:
       state: donate it; every buffer is updated in place.
       num_tokens: tokens in the batch, at least the number of slots.
       max_q_len: 1 for a step that only decodes.
+      implementation: backend of the kernels; see `forward`.
 
     Returns:
       The next state.
     """
     with jax.named_scope("plan"):
-        state, batch = plan(queue, state, num_tokens, max_q_len)
-    logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len)
+        # On a CPU a second pass of attention costs more, to compile and to run, than reading a prefix again.
+        state, batch = plan(queue, state, num_tokens, max_q_len, shares=prefers_kernels(implementation))
+    logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
     with jax.named_scope("sample"):
         sequence = slot_sequences(state.slots, queue.prompt.shape[0])
         prompt = queue.prompt.at[sequence].get(mode="clip")
@@ -98,7 +108,7 @@ def _history(queue: Queue, outputs: Outputs, sequence: jax.Array, vocab: int) ->
 
 def mixed_step(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
     """A pass with room for prompts, then admission, so that slots and prompts that it freed are used by the next."""
-    return admit(queue, step(params, queue, state, capacity.token_budget))
+    return admit(queue, step(params, queue, state, capacity.token_budget, implementation=capacity.implementation))
 
 
 def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
@@ -108,7 +118,7 @@ def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity)
     """
 
     def body(_, state):
-        return step(params, queue, state, capacity.slots, max_q_len=1)
+        return step(params, queue, state, capacity.slots, max_q_len=1, implementation=capacity.implementation)
 
     return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state))
 
@@ -162,6 +172,7 @@ def generate(
     steps_per_sync: int | None = None,
     kv_dtype: Any = None,
     return_sampling_logprobs: bool = False,
+    implementation: str | None = None,
 ) -> Generation:
     """Continue prompts: continuous batching over paged memory, inside one pure function.
 
@@ -194,6 +205,8 @@ def generate(
       steps_per_sync: decode steps between two looks at the queue, default 1 on a CPU and 16 elsewhere; static.
       kv_dtype: of the pages, default the embedding's; static.
       return_sampling_logprobs: also keep log-probabilities under the distribution that was sampled from; static.
+      implementation: backend of the kernels, `"mosaic"`, `"triton"`, `"xla"` or `"reference"`, default the best that
+        the GPU runs; static. On a CPU that is `"xla"`, and `"triton"` is interpreted, for tests.
 
     Returns:
       Tokens, lengths, log-probabilities and why each sequence stopped.

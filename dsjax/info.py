@@ -106,7 +106,8 @@ def _architecture(config: ModelConfig, source: GgufFile | HfFolder, path: Path) 
     if any(c.windows):
         windowed = [window for window in c.windows if window]
         yield _line("window", f"{windowed[0]:,} tokens in {len(windowed)} of {c.num_layers} layers")
-    yield _line("feed-forward", f"{c.intermediate_size:,}, {c.activation}")
+    experts = f", {c.num_experts} experts, {c.experts_per_token} a token" if c.num_experts else ""
+    yield _line("feed-forward", f"{c.intermediate_size:,}, {c.activation}{experts}")
     yield _line("vocabulary", f"{c.vocab_size:,} tokens" + (", head tied to the embedding" if c.tie_embeddings else ""))
     yield _line("context", f"{c.max_context:,} tokens")
     try:

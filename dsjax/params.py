@@ -10,12 +10,21 @@ one `qkv` and `gate`, `up` one `gate_up`, joined along `out`.
     layers.0.attention.k.weight [K*H, D]     layers.0.mlp.down.weight [D, F]
     layers.0.attention.v.weight [K*H, D]     final_norm.scale [D]
     layers.0.attention.out.weight [D, N*H]   head.weight [V, D]     (absent when tied)
+
+Where the config has `qk_norm`, there are
+
+    layers.0.attention.q_norm.scale [H]      layers.0.attention.k_norm.scale [H]
+
+and where it has experts, instead of `gate`, `up` and `down`,
+
+    layers.0.mlp.router.weight [E, D]              layers.0.mlp.experts.up.weight [E, F, D]
+    layers.0.mlp.experts.gate.weight [E, F, D]     layers.0.mlp.experts.down.weight [E, D, F]
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -72,6 +81,24 @@ class LeafSpec:
     init: str = "normal"
 
 
+# What `prepare` joins in each layer: the module, its parts, and what they become.
+_FUSIONS = (
+    ("attention", ("q", "k", "v"), "qkv"),
+    ("mlp", ("gate", "up"), "gate_up"),
+    ("mlp.experts", ("gate", "up"), "gate_up"),
+)
+
+
+def _fusions(config: ModelConfig, paths: Container[str]) -> Iterator[tuple[list[str], str]]:
+    """Paths of the leaves to join and the path of the result, for those among `paths`."""
+    for i in range(config.num_layers):
+        for module, parts, fused in _FUSIONS:
+            for kind in ("weight", "bias"):
+                joined = [f"layers.{i}.{module}.{part}.{kind}" for part in parts]
+                if joined[0] in paths:
+                    yield joined, f"layers.{i}.{module}.{fused}.{kind}"
+
+
 @functools.cache
 def leaf_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
     """Spec of each leaf by its dotted path, in the order of the forward pass."""
@@ -90,11 +117,24 @@ def leaf_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
         linear(f"{layer}.attention.q", query, c.hidden_size, ("heads", "embed"), c.attention_bias)
         linear(f"{layer}.attention.k", kv, c.hidden_size, ("kv_heads", "embed"), c.attention_bias)
         linear(f"{layer}.attention.v", kv, c.hidden_size, ("kv_heads", "embed"), c.attention_bias)
+        if c.qk_norm:
+            specs[f"{layer}.attention.q_norm.scale"] = LeafSpec((c.head_dim,), ("head",), "ones")
+            specs[f"{layer}.attention.k_norm.scale"] = LeafSpec((c.head_dim,), ("head",), "ones")
         linear(f"{layer}.attention.out", c.hidden_size, query, ("embed", "heads"), c.attention_out_bias)
         specs[f"{layer}.mlp_norm.scale"] = LeafSpec((c.hidden_size,), ("embed",), "ones")
-        linear(f"{layer}.mlp.gate", c.intermediate_size, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
-        linear(f"{layer}.mlp.up", c.intermediate_size, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
-        linear(f"{layer}.mlp.down", c.hidden_size, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
+        feed_forward = {
+            "gate": ((c.intermediate_size, c.hidden_size), ("mlp", "embed")),
+            "up": ((c.intermediate_size, c.hidden_size), ("mlp", "embed")),
+            "down": ((c.hidden_size, c.intermediate_size), ("embed", "mlp")),
+        }
+        if c.num_experts:
+            linear(f"{layer}.mlp.router", c.num_experts, c.hidden_size, ("experts", "embed"), False)
+        for name, (shape, axes) in feed_forward.items():
+            if c.num_experts:
+                stack = LeafSpec((c.num_experts, *shape), ("experts", *axes))
+                specs[f"{layer}.mlp.experts.{name}.weight"] = stack
+            else:
+                linear(f"{layer}.mlp.{name}", *shape, axes, c.mlp_bias)
     specs["final_norm.scale"] = LeafSpec((c.hidden_size,), ("embed",), "ones")
     if not c.tie_embeddings:
         specs["head.weight"] = LeafSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"))
@@ -142,15 +182,17 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
 def _fused_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
     """The specs of a tree after `prepare`."""
     specs = dict(leaf_specs(config))
-    for i in range(config.num_layers):
-        for module, parts, fused in (("attention", ("q", "k", "v"), "qkv"), ("mlp", ("gate", "up"), "gate_up")):
-            for kind in ("weight", "bias"):
-                paths = [f"layers.{i}.{module}.{part}.{kind}" for part in parts]
-                if paths[0] in specs:
-                    pieces = [specs.pop(path) for path in paths]
-                    shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
-                    specs[f"layers.{i}.{module}.{fused}.{kind}"] = LeafSpec(shape, pieces[0].axes, pieces[0].init)
+    for paths, fused in _fusions(config, leaf_specs(config)):
+        pieces = [specs.pop(path) for path in paths]
+        shape, out = list(pieces[0].shape), _out_axis(pieces[0].shape)
+        shape[out] = sum(piece.shape[out] for piece in pieces)
+        specs[fused] = LeafSpec(tuple(shape), pieces[0].axes, pieces[0].init)
     return MappingProxyType(specs)
+
+
+def _out_axis(shape: Sequence[int]) -> int:
+    """Where `out` stands: last in a bias, before the contracted axis in a weight."""
+    return max(len(shape) - 2, 0)
 
 
 def is_fused(params: Params) -> bool:
@@ -218,12 +260,8 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
         return leaf if dtype is None else leaf.astype(dtype)
 
     leaves = {path: cast(leaf) for path, leaf in flatten(params).items()}
-    for i in range(params.config.num_layers):
-        for module, parts, fused in (("attention", ("q", "k", "v"), "qkv"), ("mlp", ("gate", "up"), "gate_up")):
-            for kind in ("weight", "bias"):
-                paths = [f"layers.{i}.{module}.{part}.{kind}" for part in parts]
-                if paths[0] in leaves:
-                    leaves[f"layers.{i}.{module}.{fused}.{kind}"] = _join([leaves.pop(path) for path in paths])
+    for paths, fused in list(_fusions(params.config, leaves)):
+        leaves[fused] = _join([leaves.pop(path) for path in paths])
     return unflatten(leaves, params.config)
 
 
@@ -236,4 +274,5 @@ def _join(pieces: list[Any]):
     if all(isinstance(piece, QuantizedArray) for piece in pieces):
         if len({piece.layout for piece in pieces}) == 1:
             return QuantizedArray.concatenate(pieces)
-    return jnp.concatenate([piece.dequantize() if isinstance(piece, QuantizedArray) else piece for piece in pieces])
+    plain = [piece.dequantize() if isinstance(piece, QuantizedArray) else piece for piece in pieces]
+    return jnp.concatenate(plain, axis=_out_axis(plain[0].shape))

@@ -34,6 +34,7 @@ class Capacity:
       steps_per_sync: decode steps between two looks at the queue.
       kv_dtype: name of the dtype of the pages.
       with_distribution: keep log-probabilities of the distribution sampled from.
+      implementation: backend of the kernels, `None` for the best.
     """
 
     slots: int
@@ -46,6 +47,7 @@ class Capacity:
     steps_per_sync: int
     kv_dtype: str
     with_distribution: bool = False
+    implementation: str | None = None
 
 
 def request(
@@ -72,6 +74,7 @@ def request(
     steps_per_sync: int | None = None,
     kv_dtype: Any = None,
     return_sampling_logprobs: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Queue, Capacity]:
     """Check a request and lay it out for the scheduler; the arguments are those of `generate`.
 
@@ -115,6 +118,7 @@ def request(
         steps_per_sync=steps if steps_per_sync is None else _check_size("steps_per_sync", steps_per_sync),
         kv_dtype=jnp.dtype(kv_dtype or params["embed"]["weight"].dtype).name,
         with_distribution=return_sampling_logprobs,
+        implementation=implementation or _several_devices(params),
     )
 
     if logit_bias is not None:
@@ -145,6 +149,12 @@ def request(
         order=sequence,
     )
     return queue, capacity
+
+
+def _several_devices(params: Params) -> str | None:
+    """`"xla"` for parameters spread over a mesh: the compiler can not partition a kernel as it does plain operations."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
+    return "xla" if any(len(leaf.sharding.device_set) > 1 for leaf in leaves) else None
 
 
 def _check_size(name: str, value: Any) -> int:

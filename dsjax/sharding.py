@@ -11,6 +11,9 @@ RULES: Mapping[str, str | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "embed": None,
+    "head": None,
+    # Each device holds a slice of every expert, so that they are equally busy whichever the router chooses.
+    "experts": None,
 }
 
 

@@ -15,52 +15,89 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.layers import rope
-from dsjax.layers.attention import dense_attention, project_qkv
+from dsjax.layers.attention import attend_dense, project_qkv
 from dsjax.layers.linear import embed, head, linear
 from dsjax.layers.mlp import mlp
-from dsjax.layers.norm import rms_norm
+from dsjax.layers.moe import moe
 from dsjax.params import Params
 from dsjax.ragged.batch import RaggedBatch
-from dsjax.ragged.pages import KVPages, write_rows
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from dsjax.ragged.pages import KVPages
+from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention
+from pallas_kernels.rotary_page_write import rotary_page_write
 
 SCORE_ROWS = 256  # rows of logits alive at once in `score`
 
 
-def _block(module, x, config: ModelConfig, angle, attend):
-    """One layer: norm, attention, norm, feed-forward, each added to the residual stream.
+def _block(module, x, update, config: ModelConfig, attend, implementation):
+    """One layer: norm, attention, norm, feed-forward.
 
-    `attend(q, k, v)` gives the attention output and whatever it has to hand on.
+    `update` is what the layer before adds to the residual stream `x`. Adding is left to the norm that follows, which
+    reads both anyway; the same holds for what comes back. `attend(qkv)` gives the attention output and whatever it has
+    to hand on.
     """
+    norm = functools.partial(add_rms_norm, eps=config.norm_eps, implementation=implementation)
     with jax.named_scope("attention"):
-        normed = rms_norm(x, module["attention_norm"]["scale"], config.norm_eps)
-        q, k, v = project_qkv(normed, module["attention"], config, angle)
-        out, carried = attend(q, k, v)
-        x += linear(out.reshape(*x.shape[:-1], -1), module["attention"]["out"])
+        x, normed = norm(x, update, module["attention_norm"]["scale"])
+        out, carried = attend(project_qkv(normed, module["attention"], config, implementation))
+        update = linear(out.reshape(*x.shape[:-1], -1), module["attention"]["out"], implementation, partial=True)
     with jax.named_scope("mlp"):
-        x += mlp(rms_norm(x, module["mlp_norm"]["scale"], config.norm_eps), module["mlp"], config)
-    return x, carried
+        x, normed = norm(x, update, module["mlp_norm"]["scale"])
+        if config.num_experts:
+            update = moe(normed, module["mlp"], config)
+        else:
+            update = mlp(normed, module["mlp"], config, implementation)
+    return x, update, carried
 
 
 @functools.partial(jax.jit, static_argnames=("config", "window"))
-def _dense_layer(module, x, angle, config: ModelConfig, window: int | None):
-    return _block(module, x, config, angle, lambda q, k, v: (dense_attention(q, k, v, window), None))[0]
+def _dense_layer(module, x, update, angle, config: ModelConfig, window: int | None):
+    def attend(qkv):
+        return attend_dense(qkv, module["attention"], config, angle, window), None
+
+    return _block(module, x, update, config, attend, "xla")[:2]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "window", "max_q_len"))
-def _ragged_layer(module, x, angle, keys, values, page, offset, batch, config, window, max_q_len):
-    def attend(q, k, v):
-        new_keys, new_values = write_rows(keys, k, page, offset), write_rows(values, v, page, offset)
-        table, lengths = batch.page_table, (batch.cu_q_lens, batch.kv_lens)
-        q = q.astype(keys.dtype)
-        out = ragged_paged_attention(q, new_keys, new_values, table, *lengths, window=window, max_q_len=max_q_len)
+@functools.partial(jax.jit, static_argnames=("config", "window", "max_q_len", "implementation"))
+def _ragged_layer(
+    module, x, update, angle, keys, values, page, offset, batch, config, window, max_q_len, implementation
+):
+    kernels = "triton" if implementation == "mosaic" else implementation  # only attention has one for Mosaic
+
+    def attend(qkv):
+        cos, sin = angle
+        norms = {name: module["attention"][name]["scale"] for name in ("q_norm", "k_norm") if config.qk_norm}
+        q, new_keys, new_values, _, _ = rotary_page_write(
+            qkv,
+            keys,
+            values,
+            page,
+            offset,
+            cos=cos,
+            sin=sin,
+            q_dtype=x.dtype,
+            **norms,
+            norm_eps=config.norm_eps,
+            implementation=kernels,
+        )
+        q, table, lengths = q.astype(keys.dtype), batch.page_table, (batch.cu_q_lens, batch.kv_lens)
+        options = {"max_q_len": max_q_len, "implementation": implementation}
+        if batch.shared is not None and window is None:
+            out = cascade_attention(q, new_keys, new_values, table, *lengths, batch.shared, **options)
+        else:
+            out = ragged_paged_attention(q, new_keys, new_values, table, *lengths, window=window, **options)
         return out.astype(x.dtype), (new_keys, new_values)
 
-    return _block(module, x, config, angle, attend)
+    return _block(module, x, update, config, attend, kernels)
 
 
 def forward(
-    params: Params, batch: RaggedBatch, pages: KVPages, *, max_q_len: int | None = None
+    params: Params,
+    batch: RaggedBatch,
+    pages: KVPages,
+    *,
+    max_q_len: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "R V"], KVPages]:
     """The ragged forward pass: write the batch's keys and values into the pages, attend over them, give logits.
 
@@ -69,6 +106,8 @@ def forward(
       batch: `T` tokens of `S` slots.
       pages: the pool; donate it, it is updated in place.
       max_q_len: most tokens a slot that the batch may hold; 1 compiles a step that only decodes.
+      implementation: backend of the kernels, `"mosaic"`, `"triton"`, `"xla"` or `"reference"`; `None` for the best that
+        the GPU runs. On a CPU `"triton"` is interpreted.
 
     Returns:
       Logits in float32 of the rows that the batch names, and the pool.
@@ -83,12 +122,14 @@ def forward(
 
     with jax.named_scope("embed"):
         x = embed(batch.tokens, params["embed"]["weight"])
+    update = None
     keys, values = list(pages.keys), list(pages.values)
     for i in range(config.num_layers):
         with jax.named_scope(f"layer_{i}"):
-            x, (keys[i], values[i]) = _ragged_layer(
+            x, update, (keys[i], values[i]) = _ragged_layer(
                 params["layers"][str(i)],
                 x,
+                update,
                 angle,
                 keys[i],
                 values[i],
@@ -98,9 +139,11 @@ def forward(
                 config=config,
                 window=config.window(i),
                 max_q_len=max_q_len,
+                implementation=implementation,
             )
     with jax.named_scope("head"):
-        x = rms_norm(x[batch.logit_rows], params["final_norm"]["scale"], config.norm_eps)
+        x, update = x[batch.logit_rows], update[..., batch.logit_rows, :]
+        _, x = add_rms_norm(x, update, params["final_norm"]["scale"], eps=config.norm_eps, implementation="xla")
         return head(x, params), KVPages(tuple(keys), tuple(values))
 
 
@@ -108,11 +151,11 @@ def hidden_states(params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B 
     """Final normed hidden states of right-padded rows, causal and dense; padding changes nothing before it."""
     config = params.config
     angle = rope.phases(jnp.arange(tokens.shape[1]), config)
-    x = embed(tokens, params["embed"]["weight"])
+    x, update = embed(tokens, params["embed"]["weight"]), None
     for i in range(config.num_layers):
         with jax.named_scope(f"layer_{i}"):
-            x = _dense_layer(params["layers"][str(i)], x, angle, config=config, window=config.window(i))
-    return rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
+            x, update = _dense_layer(params["layers"][str(i)], x, update, angle, config=config, window=config.window(i))
+    return add_rms_norm(x, update, params["final_norm"]["scale"], eps=config.norm_eps, implementation="xla")[1]
 
 
 @jax.jit

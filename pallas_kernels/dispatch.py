@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,6 +138,65 @@ def _from_environment(op: str) -> str | None:
         if name in ("", op):
             return value
     return None
+
+
+def select(
+    package: str, backends: Sequence[str], implementation: str | None, *args: Any, **options: Any
+) -> Any:
+    """Choose the backend of a call among the modules of an op's package; see `choose`.
+
+    Args:
+      package: the op, `pallas_kernels.NAME`.
+      backends: names of its modules, best first. One that can not run everything has `refusals(*args, **options, gpu)`.
+      implementation: a backend by name, or `None`.
+      *args: what `refusals` takes.
+      **options: the same.
+
+    Returns:
+      The module.
+    """
+    gpu = current_gpu()
+
+    def ask(module):
+        return module.refusals(*args, **options, gpu=gpu) if hasattr(module, "refusals") else []
+
+    name = choose(package.rpartition(".")[2], _Refusals(package, backends, gpu, ask), implementation, gpu)
+    return _backend(package, name)
+
+
+def _backend(package: str, name: str) -> Any:
+    return importlib.import_module(f"{package}.{name}")
+
+
+class _Refusals(Mapping):
+    """Why each backend can not run; only those that are looked at are imported.
+
+    On a CPU the portable ones come first: the others are never its best, and importing Pallas takes a third of a second.
+    """
+
+    def __init__(self, package: str, backends: Sequence[str], gpu: Gpu | None, ask: Callable[[Any], list[str]]):
+        self.package, self.ask = package, ask
+        self.names = backends if gpu else sorted(backends, key=lambda name: name not in PORTABLE)
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self.ask(_backend(self.package, name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def prefers_kernels(implementation: str | None) -> bool:
+    """Whether a call with this `implementation` would run a Pallas kernel if one can."""
+    if implementation is not None:
+        return implementation not in PORTABLE
+    gpu = current_gpu()
+    return gpu is not None and gpu.capability >= OLDEST
 
 
 def triton_refusals(gpu: Gpu | None) -> list[str]:

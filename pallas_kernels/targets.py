@@ -11,15 +11,18 @@ read: which buffers are donated, how much temporary memory it takes, what it cop
 Run with `JAX_PLATFORMS=cpu`, else the plugin looks for a driver when it is loaded, and gives up.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
 import math
+import os
 import pathlib
 import re
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -159,6 +162,7 @@ def target_config_text(target: str | Target) -> str:
     """Describes a target to XLA, as a `stream_executor.GpuTargetConfigProto` in text form."""
     target = get_target(target)
     extension = "ACCELERATED_FEATURES" if target.accelerated else "NONE"
+    # Without a driver's version, or with one before 12.3, XLA puts conditionals and custom calls outside CUDA graphs.
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -179,6 +183,8 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {target.major} minor: {target.minor} feature_extension: {extension} }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
+  driver_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
@@ -197,7 +203,7 @@ def available() -> str | None:
     plugins = [version for version in ("13", "12") if _find(f"jax_plugins.xla_cuda{version}")]
     if not plugins:
         return "JAX's CUDA plugin is not installed (jax-cuda12-plugin and jax-cuda12-pjrt, or the cuda13 ones)"
-    if not any((root / "bin" / "ptxas").exists() for root in _cuda_roots()):
+    if not cuda_tools("ptxas"):
         wheels = "nvidia-cuda-nvcc, nvidia-nvvm" if plugins[0] == "13" else "nvidia-cuda-nvcc-cu12"
         return f"the CUDA plugin is installed but ptxas is not ({wheels})"
     try:
@@ -219,6 +225,13 @@ def _cuda_roots() -> list[pathlib.Path]:
     # The same two packages that JAX itself looks into for its CUDA path; both may be namespace packages.
     specs = [_find("nvidia.cu13"), _find("nvidia.cuda_nvcc")]
     return [pathlib.Path(root) for spec in specs if spec for root in spec.submodule_search_locations or ()]
+
+
+def cuda_tools(name: str) -> list[str]:
+    """Finds a program of the CUDA toolkit, `"ptxas"` or `"nvdisasm"`: among the installed wheels, then on the PATH."""
+    wheels = (root / "bin" / name for root in _cuda_roots())
+    found = [str(path) for path in wheels if path.exists()]
+    return [*found, path] if (path := shutil.which(name)) else found
 
 
 @functools.cache
@@ -257,6 +270,7 @@ def compile_for(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
+    dump_to: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> jax.stages.Compiled:
     """Compiles a function for a GPU that does not have to exist.
@@ -270,6 +284,8 @@ def compile_for(
         donate_argnums: positions of the arguments whose buffers the program may reuse.
         static_argnums: positions of the arguments that are compile-time constants.
         static_argnames: names of the keyword arguments that are.
+        dump_to: a folder for what the compiler can tell of the program beside its text: the PTX of every kernel, and
+            the order of its launches.
         **kwargs: more arguments of `fn`, treated as `args`.
 
     Returns:
@@ -303,11 +319,39 @@ def compile_for(
         # LLVM would not raise but abort the process.
         if target.major < 9 and "mosaic_gpu" in lowered.as_text():
             raise ValueError(f"Mosaic kernels need compute capability 9.0 or newer; {target.device_kind} has less")
+        # XLA takes its flags by name. The last is a pattern: newer versions dump PTX only where it asks for it.
+        options = {"xla_dump_to": os.fspath(dump_to), "xla_dump_emitter_re": "ptx"} if dump_to else None
+        with _without_cache(), _mosaic_dumps(dump_to):
+            return lowered.compile(compiler_options=options)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    # JAX writes programs for absent devices to its persistent cache, but can not load them without a device: it warns,
+    # and compiles again. Where there is one, a program out of the cache would leave no dump.
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
         with warnings.catch_warnings():
-            # JAX writes programs for absent devices to its persistent cache, but can not load them without a device:
-            # it warns, and compiles again.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
-            return lowered.compile()
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+@contextlib.contextmanager
+def _mosaic_dumps(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    # Mosaic kernels are compiled by a library of their own, which knows nothing of XLA's flags.
+    name = "MOSAIC_GPU_DUMP_TO"
+    if folder is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = os.fspath(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _placed(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -356,6 +400,10 @@ class Instruction:
         nbytes: bytes of the largest array in its result.
         computation: the computation that it stands in; inside a fusion, only the fusion's root reaches memory.
         op_name: the path of the JAX operation that it comes from, or `""`.
+        operands: names of its operands; of a `"parameter"` its number.
+        attributes: what follows the operands, as XLA writes it.
+        is_root: whether it is the result of its computation.
+        in_entry: whether it stands at the top level of the program.
     """
 
     name: str
@@ -364,6 +412,10 @@ class Instruction:
     nbytes: int
     computation: str
     op_name: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+    in_entry: bool
 
 
 # What moves data and computes nothing; `copy-start` is the asynchronous form of `copy`.
@@ -371,7 +423,11 @@ COPIES = ("copy", "copy-start", "transpose", "gather", "dynamic-slice")
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 # The opcode is the first lower-case word that is followed by "(": layouts and index comments in a type never are.
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.+?) (?P<opcode>[a-z][a-z0-9\-]*)\(")
+_INSTRUCTION = re.compile(
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.+?) (?P<opcode>[a-z][a-z0-9\-]*)"
+    r"\((?P<operands>(?:\([^()]*\)|[^()])*)\)(?P<attributes>.*)"
+)
+_OPERAND = re.compile(r"%(?P<name>[\w.\-]+)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<dims>[\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="(?P<path>[^"]*)"')
 
@@ -381,7 +437,7 @@ def entry_instructions(compiled: jax.stages.Compiled) -> list[Instruction]:
 
     On a GPU each `fusion`, `custom-call` and `copy` among them is a launch.
     """
-    return [instruction for instruction, entry in _instructions(compiled) if entry]
+    return [each for each in instructions(compiled) if each.in_entry]
 
 
 def large_copies(compiled: jax.stages.Compiled, min_bytes: int, opcodes: Sequence[str] = COPIES) -> list[Instruction]:
@@ -395,34 +451,47 @@ def large_copies(compiled: jax.stages.Compiled, min_bytes: int, opcodes: Sequenc
     Returns:
         The instructions, inside fusions too: a `gather` fused into its consumer still reads what it gathers.
     """
-    found = (instruction for instruction, _ in _instructions(compiled))
-    return [each for each in found if each.opcode in opcodes and each.nbytes >= min_bytes]
+    return [each for each in instructions(compiled) if each.opcode in opcodes and each.nbytes >= min_bytes]
 
 
-def _instructions(compiled: jax.stages.Compiled) -> list[tuple[Instruction, bool]]:
+def instructions(compiled: jax.stages.Compiled) -> list[Instruction]:
+    """Lists every instruction of an optimized program, computation by computation."""
     text = compiled.as_text()
     if text is None:
         raise ValueError("the backend gives no text of its compiled programs")
     found = []
-    computation, entry = "", False
+    computation, in_entry = "", False
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
-            computation, entry = match["name"], bool(match["entry"])
+            computation, in_entry = match["name"], bool(match["entry"])
         elif match := _INSTRUCTION.match(line):
             op_name = _OP_NAME.search(line)
+            operands = match["operands"]
             instruction = Instruction(
                 name=match["name"],
                 opcode=match["opcode"],
                 type=match["type"],
-                nbytes=max((_nbytes(array) for array in _ARRAY.finditer(match["type"])), default=0),
+                nbytes=max((nbytes for _, nbytes in arrays(match["type"])), default=0),
                 computation=computation,
                 op_name=op_name["path"] if op_name else "",
+                operands=(operands,) if match["opcode"] == "parameter" else tuple(_OPERAND.findall(operands)),
+                attributes=match["attributes"],
+                is_root=bool(match["root"]),
+                in_entry=in_entry,
             )
-            found.append((instruction, entry))
+            found.append(instruction)
     return found
+
+
+def arrays(type: str) -> list[tuple[int, int]]:
+    """Elements and bytes of each array in an instruction's type."""
+    return [(_size(array), _nbytes(array)) for array in _ARRAY.finditer(type)]
+
+
+def _size(array: re.Match[str]) -> int:
+    return math.prod(int(dim) for dim in array["dims"].split(",") if dim)
 
 
 def _nbytes(array: re.Match[str]) -> int:
     # A boolean takes a byte; the first number in any other dtype is its width: bf16, f8e4m3fn, s4, c64.
-    bits = int(array["bits"] or 8)
-    return math.ceil(math.prod(int(dim) for dim in array["dims"].split(",") if dim) * bits / 8)
+    return math.ceil(_size(array) * int(array["bits"] or 8) / 8)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from dsjax.config import ModelConfig
@@ -107,8 +108,27 @@ class InterleavedRotary:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stack:
+    """The leaf is the tensors, one behind the other along a new first axis."""
+
+    def tensor_shapes(self, leaf_shapes: list[Shape], config: ModelConfig) -> list[Shape]:
+        """The shape of one, as often as the first axis is long."""
+        (shape,) = leaf_shapes
+        return [shape[1:]] * shape[0]
+
+    def to_leaves(self, tensors: list[Leaf], config: ModelConfig) -> list[Leaf]:
+        """The stack."""
+        return [jax.tree.map(lambda *parts: np.stack(parts), *tensors)]
+
+    def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
+        """What is stacked."""
+        (leaf,) = leaves
+        return [leaf[i] for i in range(leaf.shape[0])]
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of a weight map; `{i}` in the names stands for every layer.
+    """One line of a weight map; `{i}` in the names stands for every layer, `{e}` in a tensor's for every expert.
 
     Attributes:
       leaves: dotted path of the leaf, or several for an operation that fills them together.
@@ -126,7 +146,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An entry with its layer filled in."""
+    """An entry with its layer and experts filled in."""
 
     leaves: tuple[str, ...]
     tensors: tuple[str, ...]
@@ -167,15 +187,28 @@ class WeightMap:
             of this config is filled by none.
         """
         everything = dataclasses.replace(
-            config, attention_bias=True, attention_out_bias=True, mlp_bias=True, tie_embeddings=False
+            config,
+            attention_bias=True,
+            attention_out_bias=True,
+            mlp_bias=True,
+            qk_norm=True,
+            tie_embeddings=False,
+            num_experts=0,
+            experts_per_token=0,
         )
-        possible = leaf_specs(everything)
+        experts = dataclasses.replace(everything, mlp_bias=False, num_experts=1, experts_per_token=1)
+        possible = leaf_specs(everything).keys() | leaf_specs(experts).keys()
         steps, filled, used = [], set(), set()
         for entry in self.entries:
             leaves = (entry.leaves,) if isinstance(entry.leaves, str) else entry.leaves
             tensors = (entry.tensors,) if isinstance(entry.tensors, str) else entry.tensors
             for i in range(config.num_layers if "{i}" in leaves[0] else 1):
-                step = Step(_at_layer(leaves, i), _at_layer(tensors, i), entry.op, entry.redundant)
+                step = Step(
+                    _at_layer(leaves, i),
+                    _of_experts(_at_layer(tensors, i), config.num_experts),
+                    entry.op,
+                    entry.redundant,
+                )
                 for leaf in step.leaves:
                     if leaf not in possible:
                         raise ConfigError(f"the weight map fills leaf '{leaf}', which no model has")
@@ -241,6 +274,10 @@ def _at_layer(names: Iterable[str], layer: int) -> tuple[str, ...]:
     return tuple(name.replace("{i}", str(layer)) for name in names)
 
 
+def _of_experts(names: Iterable[str], count: int) -> tuple[str, ...]:
+    return tuple(name.replace("{e}", str(expert)) for name in names for expert in range(count if "{e}" in name else 1))
+
+
 def read_leaves(steps: list[Step], config: ModelConfig, source: TensorSource) -> Iterator[tuple[str, Leaf]]:
     """Leaves by dotted path, one step at a time, in the dtype that the source stores.
 
@@ -272,6 +309,7 @@ class Policy:
       fields: names that `config_from_hf` consumes.
       harmless: further names that do not change what the model computes.
       fixed: further names that must hold the given value.
+      traits: fields of `ModelConfig` that make a config one of this family, for checking the map when it is registered.
     """
 
     name: str
@@ -282,6 +320,7 @@ class Policy:
     fields: frozenset[str]
     harmless: frozenset[str] = frozenset()
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read_config(self, raw: dict[str, Any]) -> ModelConfig:
         """Configuration from a parsed config.json.

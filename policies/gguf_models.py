@@ -18,13 +18,17 @@ _LINEARS = {
 }
 
 
-def _decoder_weights(rotary: Copy | InterleavedRotary) -> WeightMap:
-    kinds = ("weight", "bias")
+def _decoder_weights(rotary: Copy | InterleavedRotary, *, qk_norm: bool = False) -> WeightMap:
+    kinds, normed = ("weight", "bias"), "qk" if qk_norm else ""
     return WeightMap(
         entries=(
             Entry("embed.weight", "token_embd.weight"),
             Entry("layers.{i}.attention_norm.scale", "blk.{i}.attn_norm.weight"),
             Entry("layers.{i}.mlp_norm.scale", "blk.{i}.ffn_norm.weight"),
+            *(
+                Entry(f"layers.{{i}}.attention.{part}_norm.scale", f"blk.{{i}}.attn_{part}_norm.weight")
+                for part in normed
+            ),
             *(
                 Entry(f"layers.{{i}}.attention.{part}.{kind}", f"blk.{{i}}.attn_{part}.{kind}", rotary)
                 for part in "qk"
@@ -43,8 +47,12 @@ def _decoder_weights(rotary: Copy | InterleavedRotary) -> WeightMap:
     )
 
 
-# llama.cpp rotates neighbouring rows in "llama" (which Mistral files name too) and half a head apart in "qwen2".
-_WEIGHTS = {"llama": _decoder_weights(InterleavedRotary()), "qwen2": _decoder_weights(Copy())}
+# llama.cpp rotates neighbouring rows in "llama" (which Mistral files name too), half a head apart in the others.
+_WEIGHTS = {
+    "llama": _decoder_weights(InterleavedRotary()),
+    "qwen2": _decoder_weights(Copy()),
+    "qwen3": _decoder_weights(Copy(), qk_norm=True),
+}
 
 # Keys below "<architecture>." that do not change what the model computes.
 _HARMLESS = frozenset({"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"})
@@ -168,6 +176,7 @@ def gguf_config(metadata: Mapping[str, Any], source: TensorSource) -> ModelConfi
         attention_bias="blk.0.attn_q.bias" in shapes,
         attention_out_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_down.bias" in shapes,
+        qk_norm=architecture == "qwen3",
         tie_embeddings="output.weight" not in shapes,
         windows=(window,) * layers if window else (),
         bos_id=bos_id,

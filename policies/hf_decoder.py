@@ -22,6 +22,8 @@ DECODER_WEIGHTS = WeightMap(
         Entry("embed.weight", "model.embed_tokens.weight"),
         Entry("layers.{i}.attention_norm.scale", "model.layers.{i}.input_layernorm.weight"),
         Entry("layers.{i}.mlp_norm.scale", "model.layers.{i}.post_attention_layernorm.weight"),
+        Entry("layers.{i}.attention.q_norm.scale", "model.layers.{i}.self_attn.q_norm.weight"),
+        Entry("layers.{i}.attention.k_norm.scale", "model.layers.{i}.self_attn.k_norm.weight"),
         *(
             Entry(f"layers.{{i}}.{leaf}.{kind}", f"model.layers.{{i}}.{tensor}.{kind}")
             for leaf, tensor in _LINEARS.items()
@@ -127,6 +129,9 @@ def decoder_config(
     attention_out_bias: bool = False,
     mlp_bias: bool = False,
     window: Callable[[int], int | None] | None = None,
+    qk_norm: bool = False,
+    num_experts: int = 0,
+    experts_per_token: int = 0,
 ) -> ModelConfig:
     """The configuration that Llama-like families have in common.
 
@@ -136,6 +141,9 @@ def decoder_config(
       attention_out_bias: the attention output has one.
       mlp_bias: the feed-forward projections have biases.
       window: sliding window of a layer by its index, for families that have one.
+      qk_norm: heads of q and k are normed in this family.
+      num_experts: experts of a layer, for families that have them.
+      experts_per_token: how many of them a token is sent to.
 
     Raises:
       ConfigError: names the field that is missing, malformed or not supported.
@@ -167,14 +175,19 @@ def decoder_config(
         attention_bias=attention_bias,
         attention_out_bias=attention_out_bias,
         mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
         tie_embeddings=field(raw, "tie_word_embeddings", bool, False),
         windows=windows if set(windows) != {None} else (),
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=token_ids(raw.get("eos_token_id")),
     )
 
 
-def decoder_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def decoder_fields(
+    config: ModelConfig, architecture: str, *, qk_norm: bool = False, experts: bool = False
+) -> dict[str, Any]:
     """The fields of config.json that Llama-like families have in common: the reverse of `decoder_config`.
 
     Rotary scaling is written in the older spelling, which transformers reads in versions 4 and 5.
@@ -182,10 +195,19 @@ def decoder_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
     Args:
       config: the architecture.
       architecture: name of transformers' model class.
+      qk_norm: this architecture norms the heads of q and k.
+      experts: this architecture has experts.
 
     Raises:
-      ConfigError: the config has rotary factors, which Hugging Face's format can not hold.
+      ConfigError: the config has rotary factors, which Hugging Face's format can not hold, or norms or experts that the
+        architecture has not.
     """
+    refuse(
+        config,
+        config.model_type,
+        qk_norm=config.qk_norm and not qk_norm,
+        num_experts=config.num_experts > 0 and not experts,
+    )
     scaling = config.rope_scaling
     rope: dict[str, Any] | None = None
     if scaling is not None:

@@ -1,5 +1,6 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a sliding window on the upper layers when switched on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dsjax.config import ModelConfig
@@ -7,12 +8,16 @@ from dsjax.errors import ConfigError
 from policies.base import Policy
 from policies.hf_decoder import DECODER_FIELDS, DECODER_WEIGHTS, decoder_config, decoder_fields, field, refuse
 
+WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def _config_from_hf(raw: dict[str, Any]) -> ModelConfig:
-    # transformers would take 32 for an absent field, where Llama takes the number of query heads.
-    field(raw, "num_key_value_heads", int)
+def windows_of(raw: dict[str, Any]) -> Sequence[int | None]:
+    """Sliding window of each layer, from the fields `WINDOW_FIELDS` of a parsed config.json.
+
+    Raises:
+      ConfigError: the fields contradict each other.
+    """
     window = None
     if field(raw, "use_sliding_window", bool, False) and raw.get("sliding_window") is not None:
         window = field(raw, "sliding_window", int)
@@ -28,27 +33,39 @@ def _config_from_hf(raw: dict[str, Any]) -> ModelConfig:
             raise ConfigError("layer_types has 'sliding_attention', but use_sliding_window/sliding_window is not set")
     if len(types) != field(raw, "num_hidden_layers", int):
         raise ConfigError(f"layer_types names {len(types)} layers, num_hidden_layers is {raw['num_hidden_layers']}")
-    return decoder_config(
-        raw, attention_bias=True, window=lambda layer: window if types[layer] == "sliding_attention" else None
-    )
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
-def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def window_fields(config: ModelConfig) -> dict[str, Any]:
+    """The reverse of `windows_of`.
+
+    Raises:
+      ConfigError: layers have windows of different sizes.
+    """
     sizes = set(config.windows) - {None}
-    refuse(
-        config,
-        "qwen2",
-        windows=len(sizes) > 1,
-        attention_bias=not config.attention_bias,
-        attention_out_bias=config.attention_out_bias,
-        mlp_bias=config.mlp_bias,
-    )
-    windows = {
+    refuse(config, config.model_type, windows=len(sizes) > 1)
+    return {
         "use_sliding_window": bool(sizes),
         "sliding_window": next(iter(sizes), None),
         "layer_types": [_LAYER_TYPES[config.window(i) is not None] for i in range(config.num_layers)],
     }
-    return decoder_fields(config, "Qwen2ForCausalLM") | windows
+
+
+def _config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    # transformers would take 32 for an absent field, where Llama takes the number of query heads.
+    field(raw, "num_key_value_heads", int)
+    return decoder_config(raw, attention_bias=True, window=windows_of(raw).__getitem__)
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    refuse(
+        config,
+        "qwen2",
+        attention_bias=not config.attention_bias,
+        attention_out_bias=config.attention_out_bias,
+        mlp_bias=config.mlp_bias,
+    )
+    return decoder_fields(config, "Qwen2ForCausalLM") | window_fields(config)
 
 
 QWEN2 = Policy(
@@ -57,6 +74,6 @@ QWEN2 = Policy(
     weights=DECODER_WEIGHTS,
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
-    fields=DECODER_FIELDS | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
+    fields=DECODER_FIELDS | WINDOW_FIELDS,
     fixed={"use_mrope": False},
 )

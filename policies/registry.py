@@ -1,11 +1,15 @@
 """Which policy serves which `model_type`."""
 
+import dataclasses
+
 from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
 from policies.base import Policy
 from policies.llama import LLAMA
 from policies.mistral import MISTRAL
+from policies.mixtral import MIXTRAL
 from policies.qwen2 import QWEN2
+from policies.qwen3 import QWEN3
 
 _POLICIES: dict[str, Policy] = {}
 
@@ -32,7 +36,7 @@ def register(policy: Policy) -> None:
     Raises:
       ConfigError: another policy serves one of its model types, or its weight map contradicts itself.
     """
-    policy.weights.steps(_SMALLEST)
+    policy.weights.steps(dataclasses.replace(_SMALLEST, **policy.traits))
     for model_type in policy.model_types:
         holder = _POLICIES.get(model_type)
         if holder is not None and holder.name != policy.name:
@@ -58,5 +62,5 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted(_POLICIES))
 
 
-for _policy in (LLAMA, MISTRAL, QWEN2):
+for _policy in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3):
     register(_policy)

@@ -1,4 +1,4 @@
-"""Attention of the decoder: projections and rotary, the same for dense and ragged batches."""
+"""Attention of the decoder: the projections, and what dense batches do with them."""
 
 from typing import Any
 
@@ -8,25 +8,31 @@ from jaxtyping import Array, Float
 
 from dsjax.config import ModelConfig
 from dsjax.layers.linear import linear
+from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import Phases, rotate
+from pallas_kernels.dense_attention import dense_attention
 
 
 def project_qkv(
-    x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig, angle: Phases
-) -> tuple[Float[Array, "*batch N H"], Float[Array, "*batch K H"], Float[Array, "*batch K H"]]:
-    """Rotated queries and keys, and values; one product when the tree is fused."""
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig, implementation: str | None
+) -> Float[Array, "*parts_and_batch N2K H"]:
+    """Heads of queries, then keys, then values, neither normed nor rotated; one product when the tree is fused.
+
+    Of a few rows the kernel gives partial sums in float32, along a first axis more.
+    """
     if "qkv" in module:
-        q, k, v = jnp.split(linear(x, module["qkv"]), (query, query + kv), axis=-1)
+        heads = linear(x, module["qkv"], implementation, partial=True)
     else:
-        q, k, v = (linear(x, module[name]) for name in "qkv")
-    q, k, v = (part.reshape(*x.shape[:-1], -1, config.head_dim) for part in (q, k, v))
-    return rotate(q, angle), rotate(k, angle), v
+        heads = jnp.concatenate([linear(x, module[name], implementation) for name in "qkv"], axis=-1)
+    return heads.reshape(*heads.shape[:-1], -1, config.head_dim)
 
 
-def dense_attention(
-    q: Float[Array, "B L N H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], window: int | None
+def attend_dense(
+    qkv: Float[Array, "B L N2K H"], module: dict[str, Any], config: ModelConfig, angle: Phases, window: int | None
 ) -> Float[Array, "B L N H"]:
-    """Causal attention within each row, softmax in float32; differentiable."""
-    local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+    """Causal attention within each row; differentiable."""
+    q, k, v = jnp.split(qkv, (config.num_heads, config.num_heads + config.num_kv_heads), axis=-2)
+    if config.qk_norm:
+        q = rms_norm(q, module["q_norm"]["scale"], config.norm_eps)
+        k = rms_norm(k, module["k_norm"]["scale"], config.norm_eps)
+    return dense_attention(rotate(q, angle), rotate(k, angle), v, window=window)

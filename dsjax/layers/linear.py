@@ -1,5 +1,7 @@
 """Linear layers and the embedding, over plain and quantized leaves alike."""
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -8,11 +10,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.quantization import QuantizedArray
+from pallas_kernels.dispatch import current_gpu, prefers_kernels
+from pallas_kernels.few_row_matmul import MAX_ROWS, few_row_matmul
 
 Weight = jax.Array | QuantizedArray
 # XLA:CPU streams the large operand best from the left, where the other has few rows: at 8 rows in 0.65 of the time, at
 # 64 in 0.86; at 512 the other way round is faster.
 FEW_ROWS = 128
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -> Float[Array, "*batch out"]:
@@ -37,17 +47,48 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
         out = lax.dot_general(dense, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
         return lax.optimization_barrier(out).T  # else XLA swaps the operands back to save the transpose
 
-    if 1 < rows.shape[0] <= FEW_ROWS:
-        out = lax.platform_dependent(rows, dense, cpu=weight_first, default=rows_first)
-    else:
-        out = rows_first(rows, dense)
+    is_few = 1 < rows.shape[0] <= FEW_ROWS and current_gpu() is None
+    out = (weight_first if is_few else rows_first)(rows, dense)
     return out.reshape(*x.shape[:-1], dense.shape[0])
 
 
-def linear(x: Float[Array, "*batch inner"], module: dict[str, Any]) -> Float[Array, "*batch out"]:
-    """Affine layer: `module["weight"]` is `[out, in]`, `module["bias"]`, where there is one, `[out]`."""
-    out = matmul(x, module["weight"])
-    return out + module["bias"].astype(out.dtype) if "bias" in module else out
+def linear(
+    x: Float[Array, "*batch inner"],
+    module: dict[str, Any],
+    implementation: str | None = "xla",
+    *,
+    activation: str | None = None,
+    partial: bool = False,
+) -> Float[Array, "*parts_and_batch out"]:
+    """Affine layer: `module["weight"]` is `[out, in]`, `module["bias"]`, where there is one, `[out]`.
+
+    Args:
+      x: activations.
+      module: weight and bias.
+      implementation: `"xla"` for plain products, which are differentiable; else what `few_row_matmul` takes, whose
+        kernel runs where it can and rows are few.
+      activation: the weight is that of a gate and, below it, that of its input: give `activation(gate) * input`.
+      partial: the caller adds: the kernel may give float32 partial sums, `[parts, *batch, out]`.
+
+    Returns:
+      The result, in the dtype of `x` unless it is partial.
+    """
+    weight, bias = module["weight"], module.get("bias")
+    rows = math.prod(x.shape[:-1])
+    if not isinstance(weight, QuantizedArray) and rows <= MAX_ROWS and prefers_kernels(implementation):
+        partial &= bias is None
+        flat, weight = x.reshape(rows, -1), weight.astype(x.dtype)
+        out = few_row_matmul(
+            flat, weight, bias=bias, activation=activation, partial=partial, implementation=implementation
+        )
+        return out.reshape(*out.shape[:-2], *x.shape[:-1], -1)
+    out = matmul(x, weight)
+    if bias is not None:
+        out += bias.astype(out.dtype)
+    if activation is None:
+        return out
+    gate, up = jnp.split(out, 2, axis=-1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def embed(tokens: Int[Array, "*batch"], table: Weight) -> Float[Array, "*batch D"]:

@@ -1,27 +1,23 @@
 """The gated feed-forward layer (arXiv 2002.05202)."""
 
-import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsjax.config import ModelConfig
-from dsjax.layers.linear import linear
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+from dsjax.layers.linear import ACTIVATIONS, linear
 
 
-def mlp(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig) -> Float[Array, "*batch D"]:
-    """`down(activation(gate(x)) * up(x))`; gate and up are one product when the tree is fused."""
+def mlp(
+    x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig, implementation: str | None = "xla"
+) -> Float[Array, "*parts_and_batch D"]:
+    """`down(activation(gate(x)) * up(x))`; gate and up are one product when the tree is fused.
+
+    With kernels, the result may be partial sums in float32; see `linear`.
+    """
     if "gate_up" in module:
-        gate, up = jnp.split(linear(x, module["gate_up"]), 2, axis=-1)
+        hidden = linear(x, module["gate_up"], implementation, activation=config.activation)
     else:
-        gate, up = linear(x, module["gate"]), linear(x, module["up"])
-    return linear(ACTIVATIONS[config.activation](gate) * up, module["down"])
+        gate, up = (linear(x, module[name], implementation) for name in ("gate", "up"))
+        hidden = ACTIVATIONS[config.activation](gate) * up
+    return linear(hidden, module["down"], implementation, partial=True)

@@ -85,7 +85,7 @@ class QuantizedArray:
     @property
     def layout(self) -> tuple:
         """What two leaves must share to be joined."""
-        return self.scheme, str(self.dtype), self.shape[1:]
+        return self.scheme, str(self.dtype), self.shape[:-2], self.shape[-1]
 
     def astype(self, dtype: Any) -> "QuantizedArray":
         """The same integers and scales, read as another dtype."""
@@ -108,8 +108,8 @@ class QuantizedArray:
 
     @classmethod
     def concatenate(cls, pieces: "list[QuantizedArray]") -> "QuantizedArray":
-        """Join leaves of one layout along the first axis."""
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
+        """Join leaves of one layout along the axis before the last, `out`."""
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-2), *pieces)
 
     def __repr__(self) -> str:
         return (

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from pallas_kernels.ragged_paged_attention import SharedPrefix
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,3 +23,4 @@ class RaggedBatch:
     kv_lens: jax.Array  # int32[S], keys of each slot once this batch is written
     page_table: jax.Array  # int32[S, M]
     logit_rows: jax.Array  # int32[R], rows of the batch whose logits are wanted
+    shared: SharedPrefix | None = None  # which slots begin with the same pages, if attention is to use it

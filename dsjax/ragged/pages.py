@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dsjax.config import ModelConfig
 
@@ -52,18 +52,3 @@ class KVPages:
             return jax.tree.map(move, pages)
 
         return lax.fori_loop(0, count, one, self)
-
-
-def write_rows(
-    pages: Float[Array, "P K p H"],
-    rows: Float[Array, "T K H"],
-    page: Int[Array, "T"],
-    offset: Int[Array, "T"],
-) -> Float[Array, "P K p H"]:
-    """Write one row of every head for each token; tokens whose page is out of range write nothing."""
-    num_pages, heads, page_size, head_dim = pages.shape
-    # Seen as rows of H, scattered along the leading axis: XLA transposes the whole pool for any other axis.
-    row = (page[:, None] * heads + jnp.arange(heads)) * page_size + offset[:, None]
-    flat = pages.reshape(num_pages * heads * page_size, head_dim)
-    flat = flat.at[row.reshape(-1)].set(rows.reshape(-1, head_dim).astype(pages.dtype), mode="drop")
-    return flat.reshape(pages.shape)

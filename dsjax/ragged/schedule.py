@@ -18,6 +18,7 @@ from dsjax.ragged.batch import RaggedBatch
 from dsjax.ragged.page_table import PageTable
 from dsjax.ragged.pages import KVPages
 from dsjax.ragged.state import Finish, Outputs, Queue, Slots, State, known_tokens, slot_sequences
+from pallas_kernels.ragged_paged_attention import shared_prefixes
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -128,7 +129,9 @@ def _grow(table: PageTable, needy: jax.Array, active: jax.Array, order: jax.Arra
     return table, preempted, needy & ~granted
 
 
-def plan(queue: Queue, state: State, num_tokens: int, max_q_len: int | None = None) -> tuple[State, RaggedBatch]:
+def plan(
+    queue: Queue, state: State, num_tokens: int, max_q_len: int | None = None, shares: bool = False
+) -> tuple[State, RaggedBatch]:
     """Decide what the next forward pass computes.
 
     Args:
@@ -136,6 +139,7 @@ def plan(queue: Queue, state: State, num_tokens: int, max_q_len: int | None = No
       state: pages for the tokens planned are taken from it.
       num_tokens: tokens in the batch (T), at least the number of slots.
       max_q_len: most tokens a slot, 1 for a step that only decodes.
+      shares: also find which slots begin with the same pages, for attention to read those once.
 
     Returns:
       The state with pages granted and, if they ran out, the newest sequence preempted; and the batch.
@@ -166,14 +170,17 @@ def plan(queue: Queue, state: State, num_tokens: int, max_q_len: int | None = No
     is_real = slot < num_slots
     position = slots.context.at[slot].get(mode="clip") + row - cu_q_lens.at[slot].get(mode="clip")
     position = jnp.where(is_real, position, 0)
+    kv_lens = jnp.where(q_lens > 0, slots.context + q_lens, 0)
+    shares &= num_sequences > queue.lengths.shape[0]  # several samples of a prompt hold the same pages of it
     batch = RaggedBatch(
         tokens=jnp.where(is_real, _tokens_at(queue, state.outputs, sequence.at[slot].get(mode="clip"), position), 0),
         positions=position,
         slot_of_token=slot,
         cu_q_lens=cu_q_lens,
-        kv_lens=jnp.where(q_lens > 0, slots.context + q_lens, 0),
+        kv_lens=kv_lens,
         page_table=table.table,
         logit_rows=jnp.maximum(cu_q_lens[1:] - 1, 0),
+        shared=shared_prefixes(table.table, cu_q_lens, kv_lens, state.pages.page_size) if shares else None,
     )
     counters = state.counters
     kind = "decode_steps" if max_q_len == 1 else "mixed_steps"

@@ -5,6 +5,9 @@ pages at a time; slots with more are cut into blocks of queries, one loop iterat
 context, and nothing as large as the pool is ever made.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,29 +16,98 @@ QUERIES_PER_BLOCK = 128
 MASKED = -1e30  # finite, so that a row with nothing visible yet stays free of NaN
 
 
-def attention(q, key_pages, value_pages, page_table, cu_q_lens, kv_lens, *, scale, window, max_q_len):
-    """See `api.ragged_paged_attention`."""
-    tokens, heads, head_dim = q.shape
+class _Context(NamedTuple):
+    """Where the keys of each slot lie, and from which one on they are read."""
+
+    pools: tuple  # keys, values [P, K, p, H]
+    scales: tuple  # of each, [P, K, p] or None
+    table: jax.Array  # int32[S, M], M a multiple of `step`
+    kv_lens: jax.Array  # int32[S]
+    kv_starts: jax.Array | None  # int32[S]
+    step: int  # pages read at once for each slot
+
+    @property
+    def keys_per_step(self):
+        return self.step * self.pools[0].shape[2]
+
+    def read(self, pages, dtype):
+        """Keys and values of pages `[..., step]`, each `[..., K, step * p, H]`."""
+        for pool, scales in zip(self.pools, self.scales, strict=True):
+            rows = _gather(pool, pages)
+            if scales is not None:
+                rows = (rows.astype(jnp.float32) * _gather(scales[..., None], pages)).astype(dtype)
+            yield rows
+
+
+class _Scoring(NamedTuple):
+    """How a product of query and key becomes a score; per-head parameters as `[K, N / K]`."""
+
+    scale: float
+    soft_cap: float | None
+    slopes: jax.Array | None
+    sinks: jax.Array | None
+
+    def scores(self, products, slopes, distance):
+        scores = products * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        return scores if slopes is None else scores + slopes * distance
+
+
+def refusals(*_, **__):
+    """Why it can not run: it always can."""
+    return []
+
+
+def attention(
+    q,
+    key_pages,
+    value_pages,
+    page_table,
+    cu_q_lens,
+    kv_lens,
+    *,
+    scale,
+    window,
+    soft_cap,
+    causal,
+    alibi_slopes,
+    sinks,
+    key_scales,
+    value_scales,
+    kv_starts,
+    max_q_len,
+):
+    """See `api.ragged_paged_attention`; output and log-sum-exp."""
+    tokens, heads, _ = q.shape
     num_pages, kv_heads, page_size, _ = key_pages.shape
     slots, pages_per_slot = page_table.shape
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    grouped = (q * scale).reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+
+    def by_key_head(x):
+        return None if x is None else x.astype(jnp.float32).reshape(kv_heads, -1)
+
+    scoring = _Scoring(scale, soft_cap, by_key_head(alibi_slopes), by_key_head(sinks))
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, -1)
 
     # A multiple of the pages in a step, so that no slice of the table is shifted back at its end.
     step = max(1, min(KEYS_PER_STEP // page_size, pages_per_slot, num_pages // (2 * slots)))
     table = jnp.pad(page_table, ((0, 0), (0, -pages_per_slot % step)))
+    context = _Context((key_pages, value_pages), (key_scales, value_scales), table, kv_lens, kv_starts, step)
 
     single = q_lens == 1
     first_row = jnp.minimum(cu_q_lens[:-1], tokens - 1)
-    decoded = _decode(grouped[first_row], key_pages, value_pages, table, jnp.where(single, kv_lens, 0), window, step)
+    decoded = _decode(grouped[first_row], context._replace(kv_lens=jnp.where(single, kv_lens, 0)), scoring, window)
     slot = jnp.searchsorted(cu_q_lens[1:], jnp.arange(tokens), side="right", method="compare_all")
-    out = jnp.where((slot < slots)[:, None, None, None], decoded.at[slot].get(mode="clip"), 0)
+    out, lse = (x.at[slot].get(mode="clip") for x in decoded)
     if max_q_len > 1:
         many = jnp.where(single, 0, q_lens)
-        chunks = _prefill(grouped, key_pages, value_pages, table, cu_q_lens, many, kv_lens, window, step)
-        is_chunk = many.at[slot].get(mode="fill", fill_value=0) > 0
-        out = jnp.where(is_chunk[:, None, None, None], chunks, out)
-    return out.reshape(q.shape).astype(q.dtype)
+        chunks = _prefill(grouped, cu_q_lens, many, context, scoring, window, causal)
+        is_chunk = many.at[slot].get(mode="fill", fill_value=0)[:, None, None] > 0
+        out, lse = jnp.where(is_chunk[..., None], chunks[0], out), jnp.where(is_chunk, chunks[1], lse)
+    is_real = (slot < slots)[:, None, None]
+    out, lse = jnp.where(is_real[..., None], out, 0), jnp.where(is_real, lse, -jnp.inf)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(tokens, heads)
 
 
 def _gather(buffer, pages):
@@ -49,6 +121,13 @@ def _gather(buffer, pages):
     return picked.reshape(*rows.shape[:-1], -1, head_dim)
 
 
+def _softmax_start(shape, sinks):
+    """Before the first key: a sink is a score of weight 1 that has no value."""
+    if sinks is None:
+        return jnp.full(shape[:-1], MASKED), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+    return jnp.broadcast_to(jnp.maximum(sinks, MASKED), shape[:-1]), jnp.ones(shape[:-1]), jnp.zeros(shape)
+
+
 def _softmax_step(carry, scores, visible, values, contract):
     """One step of the online softmax over a block of keys; statistics and sums in float32."""
     highest, total, acc = carry
@@ -56,67 +135,87 @@ def _softmax_step(carry, scores, visible, values, contract):
     new = jnp.maximum(highest, scores.max(-1))
     weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0)
     correction = jnp.exp(highest - new)
-    acc = acc * correction[..., None] + jnp.einsum(contract, weights.astype(values.dtype), values)
-    return new, total * correction + weights.sum(-1), acc
+    added = jnp.einsum(contract, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return new, total * correction + weights.sum(-1), acc * correction[..., None] + added
 
 
-def _start(shape):
-    return jnp.full(shape[:-1], MASKED), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+def _softmax_end(highest, total, acc):
+    """Output and log-sum-exp: 0 and minus infinity where nothing was seen."""
+    return acc / jnp.maximum(total, 1e-30)[..., None], highest + jnp.log(total)
 
 
-def _decode(q, key_pages, value_pages, table, kv_lens, window, step):
-    """One query a slot, `[S, K, G, H]`, at position `kv_lens - 1`; slots of length 0 give zero."""
-    page_size = key_pages.shape[2]
-    keys_per_step = step * page_size
-    first_key = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0)
+def _decode(q, context, scoring, window):
+    """One query a slot, `[S, K, G, H]`, at position `kv_lens - 1`; slots of length 0 see nothing."""
+    kv_lens, keys_per_step = context.kv_lens, context.keys_per_step
+    first_key = jnp.zeros_like(kv_lens) if context.kv_starts is None else context.kv_starts
+    if window is not None:
+        first_key = jnp.maximum(kv_lens - window, first_key)
     begin = jnp.min(jnp.where(kv_lens > 0, first_key, jnp.iinfo(jnp.int32).max)) // keys_per_step
     end = (jnp.max(kv_lens) + keys_per_step - 1) // keys_per_step
+    slopes = None if scoring.slopes is None else scoring.slopes[..., None]
 
     def body(index, carry):
-        pages = lax.dynamic_slice_in_dim(table, index * step, step, axis=1)
+        pages = lax.dynamic_slice_in_dim(context.table, index * context.step, context.step, axis=1)
         position = index * keys_per_step + jnp.arange(keys_per_step)
         visible = (position < kv_lens[:, None]) & (position >= first_key[:, None])
-        keys, values = (_gather(buffer, pages) for buffer in (key_pages, value_pages))
+        keys, values = context.read(pages, q.dtype)
         values = jnp.where(visible[:, None, :, None], values, 0)
-        scores = jnp.einsum("skgh,sknh->skgn", q, keys, preferred_element_type=jnp.float32)
+        products = jnp.einsum("skgh,sknh->skgn", q, keys, preferred_element_type=jnp.float32)
+        scores = scoring.scores(products, slopes, (position - kv_lens[:, None] + 1)[:, None, None])
         return _softmax_step(carry, scores, visible[:, None, None], values, "skgn,sknh->skgh")
 
-    _, total, acc = lax.fori_loop(begin, end, body, _start(q.shape))
-    return acc / jnp.maximum(total, 1e-30)[..., None]
+    return _softmax_end(*lax.fori_loop(begin, end, body, _softmax_start(q.shape, scoring.sinks)))
 
 
-def _prefill(q, key_pages, value_pages, table, cu_q_lens, q_lens, kv_lens, window, step):
+def _prefill(q, cu_q_lens, q_lens, context, scoring, window, causal):
     """The queries `[T, K, G, H]` of slots with `q_lens > 0`, block by block; other rows hold nothing of use."""
-    tokens, page_size = q.shape[0], key_pages.shape[2]
-    keys_per_step = step * page_size
+    tokens, keys_per_step = q.shape[0], context.keys_per_step
     block = min(QUERIES_PER_BLOCK, tokens)
     blocks_before = jnp.cumsum((q_lens + block - 1) // block)
     padded = jnp.pad(q, ((0, block), (0, 0), (0, 0), (0, 0)))  # the last block may reach past the batch
+    sinks, slopes = scoring.sinks, scoring.slopes
+    sinks = None if sinks is None else sinks[:, None]
+    slopes = None if slopes is None else slopes[:, None, :, None]
 
-    def one_block(index, out):
+    def one_block(index, done):
         slot = jnp.searchsorted(blocks_before, index, side="right")
         within = index - jnp.where(slot > 0, blocks_before[slot - 1], 0)
         row = cu_q_lens[slot] + within * block
-        position = kv_lens[slot] - q_lens[slot] + within * block + jnp.arange(block)
+        kv_len = context.kv_lens[slot]
+        position = kv_len - q_lens[slot] + within * block + jnp.arange(block)
         rows = lax.dynamic_slice_in_dim(padded, row, block).transpose(1, 0, 2, 3)  # [K, block, G, H]
 
+        # What any query of the block sees.
+        first, end = 0 if context.kv_starts is None else context.kv_starts[slot], kv_len
+        if window is not None:
+            first = jnp.maximum(position[0] - window + 1, first)
+        if causal or window is not None:
+            end = jnp.minimum(position[-1] + (1 if causal else window), kv_len)
+
         def body(key_index, carry):
-            pages = lax.dynamic_slice(table, (slot, key_index * step), (1, step))[0]
+            pages = lax.dynamic_slice(context.table, (slot, key_index * context.step), (1, context.step))[0]
             key_position = key_index * keys_per_step + jnp.arange(keys_per_step)
-            visible = key_position <= position[:, None]
+            distance = key_position - position[:, None]
+            held = (key_position >= first) & (key_position < kv_len)
+            visible = distance <= 0 if causal else jnp.broadcast_to(held, distance.shape)
             if window is not None:
-                visible &= key_position > position[:, None] - window
-            keys, values = (_gather(buffer, pages) for buffer in (key_pages, value_pages))
-            values = jnp.where((key_position < kv_lens[slot])[:, None], values, 0)
-            scores = jnp.einsum("kqgh,knh->kqgn", rows, keys, preferred_element_type=jnp.float32)
+                visible &= abs(distance) < window
+            if context.kv_starts is not None:
+                visible &= key_position >= first
+            keys, values = context.read(pages, q.dtype)
+            values = jnp.where(held[:, None], values, 0)
+            products = jnp.einsum("kqgh,knh->kqgn", rows, keys, preferred_element_type=jnp.float32)
+            scores = scoring.scores(products, slopes, distance[:, None])
             return _softmax_step(carry, scores, visible[:, None], values, "kqgn,knh->kqgh")
 
-        begin = 0 if window is None else jnp.maximum(position[0] - window + 1, 0) // keys_per_step
-        last = jnp.minimum(position[-1], kv_lens[slot] - 1)
-        _, total, acc = lax.fori_loop(begin, last // keys_per_step + 1, body, _start(rows.shape))
-        done = (acc / jnp.maximum(total, 1e-30)[..., None]).transpose(1, 0, 2, 3)
+        start = _softmax_start(rows.shape, sinks)
+        attended = lax.fori_loop(first // keys_per_step, (end + keys_per_step - 1) // keys_per_step, body, start)
         # Blocks run in the order of their rows, so rows past a slot's end are overwritten by those that own them.
-        return lax.dynamic_update_slice_in_dim(out, done, row, axis=0)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, part.swapaxes(0, 1), row, axis=0)
+            for whole, part in zip(done, _softmax_end(*attended), strict=True)
+        )
 
-    out = jnp.zeros(padded.shape, jnp.float32)
-    return lax.fori_loop(0, blocks_before[-1], one_block, out)[:tokens]
+    nothing = jnp.zeros(padded.shape, jnp.float32), jnp.zeros(padded.shape[:-1], jnp.float32)
+    out, lse = lax.fori_loop(0, blocks_before[-1], one_block, nothing)
+    return out[:tokens], lse[:tokens]

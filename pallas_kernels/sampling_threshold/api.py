@@ -3,10 +3,9 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose, current_gpu, triton_refusals
-from pallas_kernels.sampling_threshold import reference, triton, xla
+from pallas_kernels import dispatch
 
-BACKENDS = {"triton": triton.threshold, "xla": xla.threshold, "reference": reference.threshold}
+BACKENDS = ("triton", "xla", "reference")
 
 
 def sampling_threshold(
@@ -37,7 +36,6 @@ def sampling_threshold(
     """
     if logits.dtype != "float32":
         raise ValueError(f"sampling thresholds are of float32 logits, not {logits.dtype}")
-    refusals = {"triton": triton_refusals(current_gpu()), "xla": [], "reference": []}
-    chosen = choose("sampling_threshold", refusals, implementation)
+    backend = dispatch.select(__package__, BACKENDS, implementation)
     with jax.named_scope("sampling_threshold"):
-        return BACKENDS[chosen](logits, top_k, top_p, min_p)
+        return backend.threshold(logits, top_k, top_p, min_p)

@@ -12,10 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import pl, pltriton, triton_call
+from pallas_kernels.dispatch import triton_refusals
 from pallas_kernels.sampling_threshold.bisection import LOWEST, ROUNDS, from_key, to_key
 
 BLOCK = 4096
 WARPS = 16
+
+
+def refusals(*, gpu):
+    """Why the kernel can not run."""
+    return triton_refusals(gpu)
 
 
 def threshold(logits, top_k, top_p, min_p):

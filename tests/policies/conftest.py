@@ -101,6 +101,9 @@ def gguf_parts():
             if bias:
                 for name in ("attn_q", "attn_k", "attn_v"):
                     tensors[f"blk.{i}.{name}.bias"] = vector(sizes[name][0])
+            if architecture == "qwen3":
+                for norm in ("attn_q_norm", "attn_k_norm"):
+                    tensors[f"blk.{i}.{norm}.weight"] = vector(hidden // 4)
         metadata = {
             "block_count": 2,
             "context_length": 128,

@@ -187,7 +187,9 @@ def test_contradictory_maps(make_config, entries, message):
 
 
 def test_unknown_architecture_lists_the_supported():
-    with pytest.raises(ConfigError, match="'mamba' is not supported; supported are: .*llama, mistral, qwen2"):
+    with pytest.raises(
+        ConfigError, match="'mamba' is not supported; supported are: .*llama, mistral, mixtral, qwen2, qwen3"
+    ):
         policies.get("mamba")
 
 

@@ -40,6 +40,22 @@ QWEN_2_5 = """{
   "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
   "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
   "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}"""
+QWEN_3 = """{
+  "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+  "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+  "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+  "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+  "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+  "vocab_size": 151936}"""
+MIXTRAL_8X7B = """{
+  "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+  "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+  "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+  "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null,
+  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
+  "vocab_size": 32000}"""
 SMOLLM2 = """{
   "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1,
   "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
@@ -59,6 +75,8 @@ def read(raw) -> ModelConfig:
 def base(model_type="llama", **fields):
     sizes = dict(vocab_size=9, hidden_size=32, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6)
+    sizes |= dict(head_dim=8) if model_type == "qwen3" else {}
+    sizes |= dict(num_local_experts=4, num_experts_per_tok=2) if model_type == "mixtral" else {}
     return {"model_type": model_type} | sizes | fields
 
 
@@ -96,6 +114,18 @@ def test_qwen_2_5():
     config = read(QWEN_2_5)
     assert config.attention_bias and not config.attention_out_bias and not config.mlp_bias
     assert config.tie_embeddings and config.windows == () and config.rope_theta == 1e6
+
+
+def test_qwen_3():
+    config = read(QWEN_3)
+    assert config.qk_norm and not config.attention_bias and config.tie_embeddings and config.windows == ()
+    assert config.head_dim == 128 and config.num_heads * config.head_dim != config.hidden_size
+
+
+def test_mixtral_8x7b():
+    config = read(MIXTRAL_8X7B)
+    assert (config.num_experts, config.experts_per_token, config.intermediate_size) == (8, 2, 14336)
+    assert config.renormalize_experts and config.rope_theta == 1e6 and config.windows == ()
 
 
 def test_smollm2():
@@ -147,17 +177,33 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
             {"windows": (5, None, 5)},
         ),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None}, {"windows": ()}),
+        ("qwen3", {}, {"qk_norm": True}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "attention_bias": True},
+            {"windows": (None, None, 5), "qk_norm": True, "attention_bias": True, "attention_out_bias": True},
+        ),
+        ("mixtral", {}, {"num_experts": 4, "experts_per_token": 2, "rope_theta": 1e6}),
+        (
+            "mixtral",
+            {"sliding_window": 7, "rope_parameters": LINEAR},
+            {"num_experts": 4, "experts_per_token": 2, "windows": (7,) * 3, "rope_theta": 300.0}
+            | {"rope_scaling": RopeScaling("linear", 2.0)},
+        ),
     ],
 )
 def test_what_transformers_writes(tmp_path, family, fields, expected):
     cls = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
+        "mixtral": transformers.MixtralConfig,
         "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
     }[family]
     cls(**base(family, **fields)).save_pretrained(tmp_path)
     config = read((tmp_path / "config.json").read_text())
     defaults = dict(num_kv_heads=2, head_dim=8, rope_theta=10000.0, rope_scaling=None, activation="silu", windows=())
+    defaults |= dict(qk_norm=False, num_experts=0, experts_per_token=0, renormalize_experts=True)
     defaults |= dict(attention_bias=family == "qwen2", attention_out_bias=False, mlp_bias=False, tie_embeddings=False)
     for name, value in (defaults | expected).items():
         assert getattr(config, name) == value, name
@@ -216,6 +262,15 @@ def test_a_window_is_what_transformers_masks(config_class, more):
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types names 1 layers"),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 3}, "layer_types has 'linear_attention'"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+        ({"model_type": "qwen3", "num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"model_type": "qwen3", "head_dim": None}, "head_dim is missing"),
+        ({"model_type": "qwen3", "head_dim": 8, "layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+        ({"model_type": "qwen3", "head_dim": 8, "num_experts": 4}, "num_experts=4 is unknown to the qwen3 policy"),
+        ({"model_type": "mixtral", "num_local_experts": None}, "num_local_experts is missing"),
+        ({"model_type": "mixtral", "num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 5}, "experts_per_token=5 does not fit num_experts=4"),
+        ({"model_type": "mixtral", "mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob=False is unknown to the mixtral policy"),
     ],
 )
 def test_unsupported_fields_are_named(fields, message):
@@ -251,12 +306,13 @@ scalings = st.one_of(
 
 @st.composite
 def family_configs(draw):
-    family, layers = draw(st.sampled_from(["llama", "mistral", "qwen2"])), draw(st.integers(1, 4))
-    bias = draw(st.booleans()) if family == "llama" else False
+    family, layers = draw(st.sampled_from(["llama", "mistral", "mixtral", "qwen2", "qwen3"])), draw(st.integers(1, 4))
+    bias = draw(st.booleans()) if family in ("llama", "qwen3") else False
+    experts = draw(st.integers(1, 9)) if family == "mixtral" else 0
     windows = ()
-    if family == "mistral" and draw(st.booleans()):
+    if family in ("mistral", "mixtral") and draw(st.booleans()):
         windows = (draw(st.integers(1, 99)),) * layers
-    if family == "qwen2" and any(where := draw(st.lists(st.booleans(), min_size=layers, max_size=layers))):
+    if family in ("qwen2", "qwen3") and any(where := draw(st.lists(st.booleans(), min_size=layers, max_size=layers))):
         windows = tuple(9 if here else None for here in where)
     return ModelConfig(
         model_type=family,
@@ -275,8 +331,11 @@ def family_configs(draw):
         attention_bias=bias or family == "qwen2",
         attention_out_bias=bias,
         mlp_bias=draw(st.booleans()) if family == "llama" else False,
+        qk_norm=family == "qwen3",
         tie_embeddings=draw(st.booleans()),
         windows=windows,
+        num_experts=experts,
+        experts_per_token=draw(st.integers(1, experts)) if experts else 0,
         bos_id=draw(st.one_of(st.none(), st.integers(0, 9))),
         eos_ids=tuple(draw(st.lists(st.integers(0, 9), max_size=3))),
     )
@@ -289,7 +348,7 @@ def test_configs_write_back(config):
     assert read(json.loads(json.dumps(raw))) == config
 
 
-@pytest.mark.parametrize("raw", [LLAMA_3_1, MISTRAL_7B, QWEN_2_5, SMOLLM2])
+@pytest.mark.parametrize("raw", [LLAMA_3_1, MISTRAL_7B, MIXTRAL_8X7B, QWEN_2_5, QWEN_3, SMOLLM2])
 def test_transformers_reads_what_is_written(raw):
     config = read(raw)
     written = policies.get(config.model_type).config_to_hf(config)
@@ -307,6 +366,13 @@ def test_transformers_reads_what_is_written(raw):
         ("mistral", {"mlp_bias": True}, "mlp_bias=True has no spelling in a mistral"),
         ("qwen2", {"attention_bias": False}, "attention_bias=False"),
         ("qwen2", {"windows": (8, 9, 8)}, "windows"),
+        ("qwen3", {"windows": (8, 9, 8)}, "windows=.* has no spelling in a qwen3"),
+        ("qwen3", {"qk_norm": False}, "qk_norm=False has no spelling in a qwen3"),
+        ("mixtral", {"num_experts": 0, "experts_per_token": 0}, "num_experts=0"),
+        ("mixtral", {"renormalize_experts": False}, "renormalize_experts=False"),
+        ("mixtral", {"qk_norm": True}, "qk_norm=True has no spelling in a mixtral"),
+        ("llama", {"qk_norm": True}, "qk_norm=True has no spelling in a llama"),
+        ("qwen3", {"num_experts": 4, "experts_per_token": 2}, "num_experts=4 has no spelling in a qwen3"),
         ("llama", {"rope_scaling": RopeScaling("factors", factors=(1.0,) * 4)}, "'factors'"),
     ],
 )

@@ -93,7 +93,7 @@ def test_k_quants_are_dequantized(write_gguf, gguf_parts, kind):
 
 
 @pytest.mark.parametrize("kind", [*BLOCKS, Kind.F16])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_leaves_are_what_transformers_reads(write_gguf, gguf_parts, architecture, kind):
     tensors, metadata = gguf_parts(architecture, kind, bias=architecture == "qwen2")
     metadata[f"{architecture}.vocab_size"] = 37
@@ -188,7 +188,7 @@ def test_unsupported_metadata_is_named(write_gguf, gguf_parts, changes, message)
 def test_unknown_architecture(write_gguf, gguf_parts):
     tensors, metadata = gguf_parts()
     path = write_gguf(tensors, metadata, architecture="mamba")
-    with pytest.raises(ConfigError, match="'mamba' is not supported; supported are: llama, qwen2"):
+    with pytest.raises(ConfigError, match="'mamba' is not supported; supported are: llama, qwen2, qwen3"):
         policies.load(path)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dsjax.ragged.page_table import PageTable
-from dsjax.ragged.pages import KVPages, write_rows
+from dsjax.ragged.pages import KVPages
 from dsjax.ragged.schedule import admit, advance, has_prompts, pages_for, plan, unfinished
 from dsjax.ragged.state import Counters, Finish, Outputs, Queue, Sampling, Slots, State
 from dsjax.request import Capacity
@@ -119,8 +119,8 @@ def fake_step(queue, state, num_tokens, max_q_len):
     state, batch = plan(queue, state, num_tokens, max_q_len)
     column = batch.positions // state.pages.page_size
     page = batch.page_table.at[batch.slot_of_token, column].get(mode="fill", fill_value=state.pages.num_pages)
-    rows = jnp.stack([batch.tokens, batch.positions], -1)[:, None].astype(jnp.float32)
-    keys = write_rows(state.pages.keys[0], rows, page, batch.positions % state.pages.page_size)
+    rows = jnp.stack([batch.tokens, batch.positions], -1).astype(jnp.float32)
+    keys = state.pages.keys[0].at[page, 0, batch.positions % state.pages.page_size].set(rows, mode="drop")
     pages = KVPages((keys,), state.pages.values)
     tokens, _ = paged_text(pages, batch.page_table)
     place = jnp.arange(tokens.shape[1])

@@ -1,0 +1,5 @@
+"""Rotary embedding of queries and keys, quantization of keys and values, and their write into the pages, in one."""
+
+from pallas_kernels.rotary_page_write.api import Written, rotary_page_write
+
+__all__ = ["Written", "rotary_page_write"]

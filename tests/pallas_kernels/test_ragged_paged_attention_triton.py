@@ -1,0 +1,219 @@
+"""What is special to the Triton kernels of ragged paged attention: their machine code, launches and block sizes."""
+
+import functools
+import math
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels import dispatch
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention, triton, triton_common
+from pallas_kernels.ragged_paged_attention.blocks import num_query_blocks, query_blocks
+from pallas_kernels.ragged_paged_attention.triton_prefill import Mask
+from pallas_kernels.resources import kernel_resources
+from pallas_kernels.targets import compile_for, entry_instructions, large_copies
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+TARGETS = ("a100", "l4", "h200", "b200")
+KERNELS = {"paged_decode", "paged_decode_merge", "paged_prefill"}
+EVERYTHING = {"window": 1000, "soft_cap": 30.0, "features": ("alibi_slopes", "sinks", "kv_starts")}
+
+
+def call(
+    heads=(32, 8),
+    head_dim=128,
+    page_size=64,
+    dtype=jnp.bfloat16,
+    stored=None,
+    features=(),
+    tokens=512,
+    slots=64,
+    pages=1000,
+    pages_per_slot=64,
+    layers=1,
+    **options,
+):
+    """Attention as a function of abstract arrays, and those arrays."""
+    pool = jax.ShapeDtypeStruct((pages, heads[1], page_size, head_dim), stored or dtype)
+    integers = {"page_table": (slots, pages_per_slot), "cu_q_lens": (slots + 1,), "kv_lens": (slots,)}
+    arrays = {"q": jax.ShapeDtypeStruct((tokens, heads[0], head_dim), dtype), "key_pages": pool, "value_pages": pool}
+    arrays |= {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in integers.items()}
+    if stored is not None:
+        scales = jax.ShapeDtypeStruct(pool.shape[:3], jnp.float32)
+        arrays |= {"key_scales": scales, "value_scales": scales}
+    for name in features:
+        shape, kind = ((slots,), jnp.int32) if name == "kv_starts" else ((heads[0],), jnp.float32)
+        arrays[name] = jax.ShapeDtypeStruct(shape, kind)
+
+    def fn(arrays):
+        for _ in range(layers):
+            arrays = arrays | {"q": ragged_paged_attention(**arrays, implementation="triton", **options)}
+        return arrays["q"]
+
+    return fn, arrays
+
+
+VARIANTS = {
+    "d64": {"head_dim": 64, "heads": (9, 3), "features": ("sinks",), "window": 128},
+    "d80": {"head_dim": 80, "heads": (32, 32), "causal": False},
+    "d96": {"head_dim": 96, "dtype": jnp.float16, "page_size": 16},
+    "d128": {},
+    "d128 with everything": EVERYTHING,
+    "d256": {"head_dim": 256, "heads": (16, 8), "window": 4096, "soft_cap": 50.0},
+    "group of 71": {"head_dim": 64, "heads": (71, 1)},
+    "group of 7, long pages": {"heads": (28, 4), "page_size": 128},
+    "pool above 4 GiB": {"pages": 45_000},
+    "int8": {"stored": jnp.int8, "page_size": 16},
+    "int8 with everything": EVERYTHING | {"stored": jnp.int8},
+    "fp8": {"stored": jnp.float8_e4m3fn},
+    "fp8, d256": {"stored": jnp.float8_e5m2, "head_dim": 256},
+    "float32": {"dtype": jnp.float32},
+    "float32, d80": {"dtype": jnp.float32, "head_dim": 80, "page_size": 16},
+    "float32 over int8": {"dtype": jnp.float32, "stored": jnp.int8},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_machine_code(gpu_compiler, target, variant):
+    """Every kernel compiles, spills no register, and all but those for float32 use tensor cores."""
+    options = VARIANTS[variant]
+    fn, arrays = call(**options)
+    found = kernel_resources(fn, arrays, target=target)
+    assert set(found) == KERNELS
+    assert {name: needs.spill_bytes for name, needs in found.items()} == dict.fromkeys(KERNELS, 0)
+    for name in ("paged_decode", "paged_prefill"):
+        uses_tensor_cores = bool(found[name].tensor_core_instructions)
+        assert uses_tensor_cores == (options.get("dtype") != jnp.float32), "float32 is not to be rounded to TF32"
+    if target == "h200" and options.get("dtype") != jnp.float32:
+        assert found["paged_prefill"].tensor_core_instructions["wgmma"] > 0
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_steps_of_decode_overlap(gpu_compiler, page_size):
+    """Two steps of keys and values are under way at once; page numbers must not take up the pipeline."""
+    fn, arrays = call(page_size=page_size, max_q_len=1, tokens=64)
+    step = 2 * 64 * 128 * 2
+    assert kernel_resources(fn, arrays, target="h200")["paged_decode"].shared_memory >= 2 * step
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [
+        ({"tokens": 256, "slots": 256, "max_q_len": 1}, ["paged_decode"]),
+        ({"tokens": 8, "slots": 8, "max_q_len": 1}, ["paged_decode", "paged_decode_merge"]),
+        ({}, ["paged_decode", "paged_decode_merge", "paged_prefill"]),
+        ({"slots": 256}, ["paged_decode", "paged_prefill"]),
+    ],
+    ids=["decode of many", "decode of few", "mixed", "mixed of many"],
+)
+def test_launches(gpu_compiler, options, kernels):
+    """What a layer launches: its kernels and nothing else; what depends on the batch alone is computed once."""
+    launches = {}
+    for layers in (1, 3):
+        fn, arrays = call(**options, layers=layers)
+        compiled = compile_for(fn, arrays)
+        found = [each for each in entry_instructions(compiled) if each.opcode in ("fusion", "custom-call", "copy")]
+        launches[layers] = len(found)
+        assert sum(each.opcode == "custom-call" for each in found) == layers * len(kernels)
+        assert not large_copies(compiled, min_bytes=arrays["q"].size)
+    assert launches[3] - launches[1] == 2 * len(kernels)
+    assert launches[1] - len(kernels) <= 4
+
+
+def test_fp8_by_bits():
+    """What GPUs without float8 do equals the conversion, for every number that there is."""
+    every = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), jnp.float8_e4m3fn)
+    expected = np.asarray(every, np.float32)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        by_bits, by_hardware = (
+            triton_common.dequantized(every, dtype, triton_common.Features(1.0, None, capability))
+            for capability in ((8, 0), (8, 9))
+        )
+        assert by_bits.dtype == by_hardware.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(by_hardware, np.float32), expected)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(np.asarray(by_bits, np.float32)[finite], expected[finite])
+
+
+def config_of_decode(programs, kind="NVIDIA H200", cores=132, window=None, **options):
+    _, arrays = call(**options)
+    gpu = dispatch.Gpu(kind, dispatch.capability_of(kind), cores)
+    return triton.decode_config(arrays["q"], arrays["key_pages"], arrays["page_table"], window, programs, gpu)
+
+
+def test_splits_fill_the_gpu():
+    """Two programs a core, but no part shorter than a step, and no merge for the last tenth."""
+    assert [config_of_decode(programs).splits for programs in (256, 33, 16, 8, 4, 1)] == [1, 1, 2, 4, 8, 30]
+    assert config_of_decode(8, cores=1000).splits == 29
+    assert config_of_decode(1, window=256).splits == 4
+    assert config_of_decode(1, heads=(71, 1), head_dim=64, pages_per_slot=4).splits == 2
+
+
+def test_tuned_block_sizes(monkeypatch):
+    """An entry of the table may give some of the sizes; the rules give the others."""
+    shape = {"kind": "decode", "head_dim": 128, "page_size": 64, "group": 4, "dtype": "bfloat16", "stored": "bfloat16"}
+    entries = [{"capability": "9.0", "shape": shape, "config": {"keys": 32, "programs_per_core": 8}}]
+    monkeypatch.setattr(dispatch, "_table", {"ragged_paged_attention": entries}.get)
+    tuned = config_of_decode(8)
+    assert (tuned.keys, tuned.splits, tuned.num_warps) == (32, 15, 4)
+    assert config_of_decode(8, kind="NVIDIA B200").keys == 64
+
+    entries[0] |= {"shape": shape | {"kind": "prefill"}, "config": {"num_warps": 4}}
+    _, arrays = call()
+    for kind, num_warps in (("NVIDIA H200", 4), ("NVIDIA B200", 8)):
+        gpu = dispatch.Gpu(kind, dispatch.capability_of(kind), 132)
+        config = triton.prefill_config(arrays["q"], arrays["key_pages"], None, Mask(None, True, False), gpu)
+        assert (config.num_warps, config.rows) == (num_warps, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({}, "Tesla T4", "compute capability 7.5, Triton needs 8.0"),
+        ({"head_dim": 288}, None, "head size 288 is above 256"),
+        ({"page_size": 24}, None, "page size 24 is none of"),
+        ({"page_size": 256}, None, "page size 256 is none of"),
+        ({"stored": jnp.int8, "pages": 48_000}, None, "2.9 GiB of int8: Triton's offsets overflow"),
+        ({"dtype": jnp.float64}, None, "queries are float64"),
+        ({"stored": jnp.int4}, None, "pages are int4"),
+        ({"dtype": jnp.float32, "stored": jnp.int8, "head_dim": 256}, "NVIDIA H200", "do not fit in registers"),
+    ],
+)
+def test_refusals(options, kind, message):
+    with jax.enable_x64(True):
+        _, arrays = call(**options)
+        gpu = dispatch.Gpu(kind, dispatch.capability_of(kind), 40) if kind else None
+        (reason,) = triton.refusals(arrays["q"], arrays["key_pages"], gpu=gpu)
+    assert message in reason
+
+
+@pytest.mark.parametrize("options", [{}, {"stored": jnp.int8, "pages": 90_000}, {"pages": 45_000}])
+def test_nothing_to_refuse(options):
+    _, arrays = call(**options)
+    assert triton.refusals(arrays["q"], arrays["key_pages"], gpu=dispatch.Gpu("NVIDIA A100", (8, 0), 108)) == []
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def blocks_of(q_lens, block, num_blocks):
+    return query_blocks(q_lens, block, num_blocks)
+
+
+@hypothesis.given(st.lists(st.integers(0, 40), min_size=5, max_size=5), st.sampled_from([1, 7, 16]))
+def test_query_blocks(q_lens, block):
+    """The blocks cover every row once, in order, and the bound is enough for the worst of batches."""
+    expected = [(slot, start) for slot, length in enumerate(q_lens) for start in range(0, length, block)]
+    num_blocks = num_query_blocks(5 * 40, 5, block)
+    slot, start = blocks_of(jnp.array(q_lens), block, num_blocks)
+    found = list(zip(slot.tolist(), start.tolist(), strict=True))
+    assert found == expected + [(5, 0)] * (num_blocks - len(expected))
+
+
+@pytest.mark.parametrize("q_lens", [[1, 1, 1], [17, 16, 15], [33, 1, 14]])
+def test_bound_of_blocks(q_lens):
+    assert sum(math.ceil(length / 16) for length in q_lens) <= num_query_blocks(sum(q_lens), len(q_lens), 16)
