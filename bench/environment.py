@@ -32,7 +32,10 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "torch", "transfor
 
 def _revision() -> str | None:
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return done.stdout.strip() or None
 
 

@@ -17,6 +17,7 @@ from dsjax.ragged.state import Queue, Sampling
 
 MOST_SLOTS = 64  # unless the caller says otherwise
 MOST_TOKENS_A_STEP = 512
+IMPLEMENTATIONS = ("mosaic", "triton", "xla", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ def request(
     batch, longest = tokens.shape
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("page_size", page_size)):
         _check_size(name, value)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise RequestError(f"implementation={implementation!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
     limits = per_request("limits", max_new_tokens if limits is None else limits, batch, jnp.int32, 0, max_new_tokens)
     _check_context(lengths, limits, config)
 
@@ -152,7 +155,7 @@ def request(
 
 
 def _several_devices(params: Params) -> str | None:
-    """`"xla"` for parameters spread over a mesh: the compiler can not partition a kernel as it does plain operations."""
+    """`"xla"` for parameters spread over a mesh: the compiler can not partition kernels as it does plain operations."""
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
     return "xla" if any(len(leaf.sharding.device_set) > 1 for leaf in leaves) else None
 

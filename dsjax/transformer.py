@@ -62,7 +62,9 @@ def _dense_layer(module, x, update, angle, config: ModelConfig, window: int | No
 def _ragged_layer(
     module, x, update, angle, keys, values, page, offset, batch, config, window, max_q_len, implementation
 ):
-    kernels = "triton" if implementation == "mosaic" else implementation  # only attention has one for Mosaic
+    # Mosaic has a kernel for attention of prompts alone.
+    kernels = "triton" if implementation == "mosaic" else implementation
+    attention = kernels if max_q_len == 1 else implementation
 
     def attend(qkv):
         cos, sin = angle
@@ -81,7 +83,7 @@ def _ragged_layer(
             implementation=kernels,
         )
         q, table, lengths = q.astype(keys.dtype), batch.page_table, (batch.cu_q_lens, batch.kv_lens)
-        options = {"max_q_len": max_q_len, "implementation": implementation}
+        options = {"max_q_len": max_q_len, "implementation": attention}
         if batch.shared is not None and window is None:
             out = cascade_attention(q, new_keys, new_values, table, *lengths, batch.shared, **options)
         else:
@@ -142,7 +144,7 @@ def forward(
                 implementation=implementation,
             )
     with jax.named_scope("head"):
-        x, update = x[batch.logit_rows], update[..., batch.logit_rows, :]
+        x, update = jax.tree.map(lambda rows: rows[..., batch.logit_rows, :], (x, update))
         _, x = add_rms_norm(x, update, params["final_norm"]["scale"], eps=config.norm_eps, implementation="xla")
         return head(x, params), KVPages(tuple(keys), tuple(values))
 

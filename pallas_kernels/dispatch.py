@@ -140,13 +140,11 @@ def _from_environment(op: str) -> str | None:
     return None
 
 
-def select(
-    package: str, backends: Sequence[str], implementation: str | None, *args: Any, **options: Any
-) -> Any:
+def select(api: str, backends: Sequence[str], implementation: str | None, *args: Any, **options: Any) -> Any:
     """Choose the backend of a call among the modules of an op's package; see `choose`.
 
     Args:
-      package: the op, `pallas_kernels.NAME`.
+      api: `__name__` of a module of the package, `pallas_kernels.OP.api`.
       backends: names of its modules, best first. One that can not run everything has `refusals(*args, **options, gpu)`.
       implementation: a backend by name, or `None`.
       *args: what `refusals` takes.
@@ -156,6 +154,7 @@ def select(
       The module.
     """
     gpu = current_gpu()
+    package = api.rpartition(".")[0]
 
     def ask(module):
         return module.refusals(*args, **options, gpu=gpu) if hasattr(module, "refusals") else []
@@ -171,7 +170,7 @@ def _backend(package: str, name: str) -> Any:
 class _Refusals(Mapping):
     """Why each backend can not run; only those that are looked at are imported.
 
-    On a CPU the portable ones come first: the others are never its best, and importing Pallas takes a third of a second.
+    On a CPU the portable ones come first: no other is ever its best, and Pallas takes a third of a second to import.
     """
 
     def __init__(self, package: str, backends: Sequence[str], gpu: Gpu | None, ask: Callable[[Any], list[str]]):

@@ -31,6 +31,13 @@ def test_triton_generates_what_xla_does(features, tiny_config):
     assert expected.counters.decode_steps > 0
 
 
-def test_a_kernel_that_can_not_run_says_why(tiny_params):
-    with pytest.raises(UnsupportedError, match="ragged_paged_attention: implementation='cuda' is unknown"):
-        dsjax.generate(tiny_params, PROMPTS, max_new_tokens=2, implementation="cuda")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("cuda", dsjax.RequestError, "implementation='cuda' is unknown; there are mosaic, triton, xla, reference"),
+        ("mosaic", UnsupportedError, "ragged_paged_attention: implementation='mosaic' can not run: .*GPU"),
+    ],
+)
+def test_a_kernel_that_can_not_run_says_why(name, error, message, tiny_params):
+    with pytest.raises(error, match=message):
+        dsjax.generate(tiny_params, PROMPTS, max_new_tokens=2, implementation=name)

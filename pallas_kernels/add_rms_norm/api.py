@@ -46,7 +46,7 @@ def add_rms_norm(
         raise ValueError(f"scale {scale.shape} must have one entry for each of the {x.shape[-1]} columns of x")
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     parts = None if update is None else update.reshape(1 if update.shape == x.shape else update.shape[0], *rows.shape)
-    backend = dispatch.select(__package__, BACKENDS, implementation, rows, parts)
+    backend = dispatch.select(__name__, BACKENDS, implementation, rows, parts)
     with jax.named_scope("add_rms_norm"):
         total, normed = backend.add_rms_norm(rows, parts, scale, eps=eps)
     return (x if update is None else total.reshape(x.shape)), normed.reshape(x.shape)

@@ -44,7 +44,7 @@ def few_row_matmul(
       ValueError: shapes, dtypes or options do not fit each other, or the backend can not run; the message says why.
     """
     _check(x, weight, bias, activation, partial)
-    backend = dispatch.select(__package__, BACKENDS, implementation, x, weight)
+    backend = dispatch.select(__name__, BACKENDS, implementation, x, weight)
     with jax.named_scope("few_row_matmul"):
         return backend.matmul(x, weight, bias=bias, activation=activation, partial=partial)
 

@@ -1,25 +1,25 @@
 """Signature, checks and choice of backend."""
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from pallas_kernels.dispatch import PORTABLE, Gpu, choose, current_gpu
+from pallas_kernels import dispatch
 
-# Modules of this package, best first. Each has `attention` and `refusals`, and is imported when it is first asked.
+# Modules of this package, best first.
 BACKENDS = ("mosaic", "triton", "xla", "reference")
-BACKENDS = tuple(name for name in BACKENDS if importlib.util.find_spec(f"{__package__}.{name}"))
 
 QUERY_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 QUANTIZED_DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 
 
+@overload
+def ragged_paged_attention(*arrays: Any, return_lse: Literal[False] = False, **options: Any) -> jax.Array: ...
+@overload
+def ragged_paged_attention(*arrays: Any, return_lse: Literal[True], **options: Any) -> tuple[jax.Array, jax.Array]: ...
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     key_pages: Real[Array, "P K p H"],
@@ -99,39 +99,10 @@ def ragged_paged_attention(
         "kv_starts": None if kv_starts is None else jnp.asarray(kv_starts, jnp.int32),
         "max_q_len": q.shape[0] if max_q_len is None else max_q_len,
     }
-    gpu = current_gpu()
-    refusals = _Refusals(gpu, lambda module: module.refusals(*arguments, **options, gpu=gpu))
-    name = choose("ragged_paged_attention", refusals, implementation, gpu)
+    backend = dispatch.select(__name__, BACKENDS, implementation, *arguments, **options)
     with jax.named_scope("ragged_paged_attention"):
-        out, lse = _module(name).attention(*arguments, **options)
+        out, lse = backend.attention(*arguments, **options)
     return (out, lse) if return_lse else out
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.{name}")
-
-
-class _Refusals(Mapping):
-    """Why each backend can not run; only those that are looked at are imported.
-
-    On a CPU the portable ones come first: the others are never its best, and Pallas takes long to import.
-    """
-
-    def __init__(self, gpu: Gpu | None, ask: Callable[[Any], list[str]]):
-        self.names = BACKENDS if gpu else sorted(BACKENDS, key=lambda name: name not in PORTABLE)
-        self.ask = ask
-
-    def __getitem__(self, name: str) -> list[str]:
-        return self.ask(_module(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _require(condition: Any, message: str) -> None:

@@ -6,7 +6,7 @@ results are merged by their log-sum-exp.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,10 @@ def shared_prefixes(
     )
 
 
+@overload
+def cascade_attention(*arrays: Any, return_lse: Literal[False] = False, **options: Any) -> jax.Array: ...
+@overload
+def cascade_attention(*arrays: Any, return_lse: Literal[True], **options: Any) -> tuple[jax.Array, jax.Array]: ...
 def cascade_attention(
     q: Float[Array, "T N H"],
     key_pages: Real[Array, "P K p H"],

@@ -5,11 +5,6 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def refusals(*_, **__):
-    """Why it can not run: it always can."""
-    return []
-
-
 def attention(
     q,
     key_pages,

@@ -4,9 +4,9 @@ A mixed batch takes two passes, each dense: slots with more than one query go to
 queries; slots with one go to `triton_decode`, cut along their keys.
 
 Block sizes come from `pallas_kernels/tuning/ragged_paged_attention.json` where it has an entry, else from the rules
-below. An entry's `shape` is `{"kind": "decode" or "prefill", "head_dim", "page_size", "group", "dtype", "stored"}`: query
-heads a key head, and the names of the dtypes of queries and pages. Its `config` may give any of the fields that the two
-rules return.
+below. An entry's `shape` has the keys `kind` (`"decode"` or `"prefill"`), `head_dim`, `page_size`, `group` (query heads
+a key head), `dtype` and `stored` (names of the dtypes of queries and pages). Its `config` may give any of `keys`,
+`num_warps` and `num_stages`, for decode `group_rows` and `programs_per_core`, for prefill `rows`.
 """
 
 import math
@@ -105,7 +105,7 @@ def decode_config(q, key_pages, page_table, window, programs, gpu):
     is_big = _has_big_shared_memory(gpu)
     # 16 KiB of keys and as much of values a step: with two steps in flight, two or three programs fit in a core.
     keys, num_warps = max(16, min(128, 2**14 // (columns * key_pages.dtype.itemsize))), 4
-    group_rows = common.padded(min(group, 64 if is_big or columns <= 64 else 32))
+    group_rows = common.padded(min(group, 64 if is_big else max(16, min(64, 2**12 // columns))))
     # What else is smaller is so for want of registers: found by compiling, see the tests.
     if q.dtype == jnp.float32:
         group_rows = 16

@@ -1,8 +1,8 @@
 """Attention of single queries over paged keys: flash-decoding (split-K) in Pallas-Triton, bound by memory.
 
-A program takes one query, the heads that share a key head (or a block of them), and one of the even parts that the keys
-of that query are cut into, so that a few long sequences fill the GPU as well as many short ones. What the parts found is
-merged by log-sum-exp in float32 by a second, small kernel; where one part is enough there is no second kernel.
+A program takes one query, the heads that share a key head (or a block of them), and one of the even parts that the
+keys of that query are cut into, so that a few long sequences fill the GPU as well as many short ones. What the parts
+found is merged by log-sum-exp in float32 by a second, small kernel; where one part is enough there is none.
 
 Sources: FlashAttention (arXiv 2205.14135); Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
 """
@@ -69,7 +69,7 @@ def attend(q, pages, scales, page_table, plan, slopes, sinks, features, config, 
       pages: keys and values, each `[P, K, p, H]`.
       scales: of keys and of values, each `float32[P, K, p]` or `None`.
       page_table: `int32[S, M]`.
-      plan: `int32[4, G]`: of each program its row of `q`, its slot (`S` for none), its first key and the end of its keys.
+      plan: `int32[4, G]`: of each program its row of `q`, its slot (`S` for none), its first key and where they end.
       slopes: of ALiBi, `[N]` or `None`.
       sinks: `[N]` or `None`.
       features: what else is compiled in.
@@ -120,9 +120,13 @@ def attend(q, pages, scales, page_table, plan, slopes, sinks, features, config, 
         static=static,
         grid=(programs, heads),
         name="paged_decode_merge",
-        num_warps=max(1, min(8, common.padded(head_dim) * config.splits // 1024)),
+        num_warps=max(1, min(8, common.padded(head_dim) * _padded_splits(config) // 1024)),
         num_stages=1,
     )
+
+
+def _padded_splits(config):
+    return 1 << (config.splits - 1).bit_length()
 
 
 def _split(plan, program, config):
@@ -186,7 +190,7 @@ def _merge_kernel(refs, *, slots, head_dim, config, keep):
     @pl.when((slot < slots) | (not keep))
     def _():
         first, end, steps = _split(plan, program, config)
-        split = jnp.arange(1 << (config.splits - 1).bit_length())
+        split = jnp.arange(_padded_splits(config))
         is_written = split * steps < end - first
         columns = jnp.arange(common.padded(head_dim))
         inside = columns < head_dim

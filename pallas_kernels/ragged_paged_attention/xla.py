@@ -54,11 +54,6 @@ class _Scoring(NamedTuple):
         return scores if slopes is None else scores + slopes * distance
 
 
-def refusals(*_, **__):
-    """Why it can not run: it always can."""
-    return []
-
-
 def attention(
     q,
     key_pages,

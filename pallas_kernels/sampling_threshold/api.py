@@ -36,6 +36,6 @@ def sampling_threshold(
     """
     if logits.dtype != "float32":
         raise ValueError(f"sampling thresholds are of float32 logits, not {logits.dtype}")
-    backend = dispatch.select(__package__, BACKENDS, implementation)
+    backend = dispatch.select(__name__, BACKENDS, implementation)
     with jax.named_scope("sampling_threshold"):
         return backend.threshold(logits, top_k, top_p, min_p)

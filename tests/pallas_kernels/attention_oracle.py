@@ -165,8 +165,10 @@ def assert_exact(actual, batch, answers):
         single, ulp = (float(jnp.finfo(each).eps) * abs(exact).max() for each in (np.float32, dtype))
         error, allowed = (np.asarray(x, np.float64)[:tokens] - exact[:tokens] for x in (out, plain))
         luck = 1 + (tokens * exact.shape[1]) ** -0.5
-        assert rms(error) <= 1.1 * luck * rms(allowed) + 2 * single
-        assert abs(error).max() <= 1.1 * abs(allowed).max() + 16 * single + ulp / 2
+        # Scales of values may be applied to the weights instead: one more rounding, bare where a query sees one key.
+        rounding = float(jnp.finfo(dtype).eps) * rms(exact[:tokens]) / 12**0.5 if "value_scales" in batch else 0
+        assert rms(error) <= 1.1 * luck * np.hypot(rms(allowed), rounding) + 2 * single
+        assert abs(error).max() <= 1.1 * abs(allowed).max() + 64 * single + ulp / 2
     if lse is not None:
         assert lse.dtype == jnp.float32
         sees = np.isfinite(exact_lse)

@@ -107,7 +107,7 @@ def test_steps_of_decode_overlap(gpu_compiler, page_size):
     [
         ({"tokens": 256, "slots": 256, "max_q_len": 1}, ["paged_decode"]),
         ({"tokens": 8, "slots": 8, "max_q_len": 1}, ["paged_decode", "paged_decode_merge"]),
-        ({}, ["paged_decode", "paged_decode_merge", "paged_prefill"]),
+        ({"slots": 8}, ["paged_decode", "paged_decode_merge", "paged_prefill"]),
         ({"slots": 256}, ["paged_decode", "paged_prefill"]),
     ],
     ids=["decode of many", "decode of few", "mixed", "mixed of many"],
@@ -123,7 +123,7 @@ def test_launches(gpu_compiler, options, kernels):
         assert sum(each.opcode == "custom-call" for each in found) == layers * len(kernels)
         assert not large_copies(compiled, min_bytes=arrays["q"].size)
     assert launches[3] - launches[1] == 2 * len(kernels)
-    assert launches[1] - len(kernels) <= 4
+    assert launches[1] - len(kernels) <= 5
 
 
 def test_fp8_by_bits():

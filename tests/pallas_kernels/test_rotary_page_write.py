@@ -17,9 +17,6 @@ from pallas_kernels.rotary_page_write.api import BACKENDS
 from pallas_kernels.rotary_page_write.shapes import SHAPES, Shape, arguments
 from pallas_kernels.targets import compile_for, entry_instructions, large_copies, memory
 
-# JAX says so whenever it lowers a Triton kernel.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
 # DeepSpeed's own suite: (relative, absolute).
 TOLERANCE = {
     jnp.dtype(jnp.float32): (5e-4, 5e-5),

@@ -1,5 +1,7 @@
 """Compiling for GPUs that are not there, and reading what was compiled."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,8 +142,21 @@ ENTRY %main.8 (x: f32[4], m: pred[3]) -> (f32[4], u32[]) {
         ("copy-start", "copy-start", 99),
         ("tuple", "tuple", 16),
     ]
+    tuple_ = entry_instructions(program)[-1]
+    assert (tuple_.operands, tuple_.is_root, tuple_.in_entry) == (("x", "m"), True, True)
     transpose, copy = large_copies(program, 9)
+    assert (transpose.operands, transpose.is_root, transpose.in_entry) == (("p",), True, False)
+    assert transpose.attributes.startswith(", dimensions={1,0}")
     assert (transpose.computation, transpose.nbytes, transpose.op_name) == ("fused", 9, "jit(f)/transpose")
     assert copy.computation == "main.8"
     assert large_copies(program, 100) == []
     assert [each.opcode for each in large_copies(program, 0, opcodes=("tuple",))] == ["tuple"]
+
+
+def test_dumps_leave_no_trace_in_the_process(gpu_compiler, tmp_path):
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir")
+    before = dict(os.environ), [getattr(jax.config, name) for name in names]
+    compile_for(update, CACHE, ROWS, jax.random.key(0), dump_to=tmp_path)
+    assert (dict(os.environ), [getattr(jax.config, name) for name in names]) == before
+    assert list(tmp_path.glob("*.ptx"))
+    assert list(tmp_path.glob("*.thunk_sequence.txt"))

@@ -1,0 +1,93 @@
+"""Shapes of the models that benchmarks speak of: configs without weights, from the models' public `config.json`."""
+
+from dsjax.config import ModelConfig, RopeScaling
+
+
+def _llama3(factor: float) -> RopeScaling:
+    return RopeScaling("llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+
+
+SHAPES: dict[str, ModelConfig] = {
+    "smollm2-135m": ModelConfig(
+        model_type="llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_context=8192,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    ),
+    "qwen3-0.6b": ModelConfig(
+        model_type="qwen3",
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        max_context=40_960,
+        norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        tie_embeddings=True,
+    ),
+    "llama-3.2-1b": ModelConfig(
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        max_context=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3(32.0),
+        tie_embeddings=True,
+    ),
+    "llama-3.1-8b": ModelConfig(
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_context=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3(8.0),
+    ),
+    "mixtral-8x7b": ModelConfig(
+        model_type="mixtral",
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_context=32_768,
+        rope_theta=1_000_000.0,
+        num_experts=8,
+        experts_per_token=2,
+    ),
+    "llama-3.3-70b": ModelConfig(
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        max_context=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3(8.0),
+    ),
+}
