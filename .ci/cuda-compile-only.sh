@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what it takes to compile for NVIDIA GPUs without one: JAX's CUDA plugin and ptxas, without the CUDA libraries
-# that only a run needs (about 0.6 GB instead of 5).
+# Installs what it takes to compile for NVIDIA GPUs without one: JAX's CUDA plugin, ptxas, and nvdisasm to read the
+# result, without the CUDA libraries that only a run needs (about 0.6 GB instead of 5).
 #
 #     sh .ci/cuda-compile-only.sh PYTHON FOLDER
 #
@@ -23,8 +23,9 @@ case "$version" in
     0.10.*) wheels="jax-cuda12-plugin==$version jax-cuda12-pjrt==$version nvidia-cuda-nvcc-cu12" ;;
     *) wheels="jax-cuda13-plugin==$version jax-cuda13-pjrt==$version nvidia-cuda-nvcc nvidia-nvvm" ;;
 esac
+wheels="$wheels nvidia-cuda-nvdisasm"
 
-if ls -d "$folder"/jax_cuda1?_plugin-"$version".dist-info >/dev/null 2>&1; then
+if ls -d "$folder"/jax_cuda1?_plugin-"$version".dist-info "$folder"/nvidia_cuda_nvdisasm-*.dist-info >/dev/null 2>&1; then
     exit 0
 fi
 rm -rf "$folder"

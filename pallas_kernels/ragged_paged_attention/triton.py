@@ -112,7 +112,7 @@ def decode_config(q, key_pages, page_table, window, programs, gpu):
         if is_quantized or columns > 64:
             keys, num_warps = 16, 8 if is_quantized else 4
     elif is_quantized:
-        keys = min(keys, 2**14 // columns if is_big and columns <= 128 else 2**13 // columns)
+        keys = min(keys, 2**13 // columns)
     chosen = {
         "keys": keys,
         "group_rows": group_rows,

@@ -19,8 +19,9 @@ import pytest
 from attention_oracle import answers, assert_exact, make_batch
 
 from pallas_kernels import compat, dispatch, targets
-from pallas_kernels.ragged_paged_attention import mosaic, mosaic_prefill
+from pallas_kernels.ragged_paged_attention import mosaic, mosaic_prefill, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.blocks import query_blocks
+from pallas_kernels.resources import kernel_resources
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = {"window": None, "soft_cap": None, "causal": True}
@@ -175,6 +176,18 @@ def test_compiled_for_hopper(gpu_compiler):
     assert spills == [("0", "0", "0")] * len(COMPILED)
     assert report.count("wgmma.mma_async") >= 16 * len(COMPILED)
     assert "Performance Loss" not in report
+
+
+def test_runs_on_tensor_cores(gpu_compiler):
+    """What the assembler made of it: `HGMMA` are the warpgroup products of Hopper."""
+    batch = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 16), (5,), (4,))]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((192, 8, 128), *[(64, 2, 64, 128)] * 2)]
+    needs = kernel_resources(lambda *given: ragged_paged_attention(*given), *arrays, *batch, target="h200")
+    assert needs["ragged_prefill"].spill_bytes == 0
+    assert needs["ragged_prefill"].tensor_core_instructions["wgmma"]
+    if needs["ragged_prefill"].sass is None:
+        pytest.skip("nvdisasm is not installed (nvidia-cuda-nvdisasm)")
+    assert needs["ragged_prefill"].sass["HGMMA"]
 
 
 def test_refused_before_hopper(gpu_compiler):

@@ -8,8 +8,6 @@ from pallas_kernels.compat import mosaic, pltriton, triton_call
 from pallas_kernels.resources import kernel_resources
 from pallas_kernels.targets import compile_for
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
 TENSOR_CORES = {
     "a100": ("mma.sync", "HMMA"),
     "l4": ("mma.sync", "HMMA"),
