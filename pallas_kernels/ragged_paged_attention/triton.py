@@ -102,10 +102,9 @@ def decode_config(q, key_pages, page_table, window, programs, gpu):
     gpu = gpu or INTERPRETED
     (_, heads, head_dim), (_, kv_heads, page_size, _) = q.shape, key_pages.shape
     group, columns, is_quantized = heads // kv_heads, common.padded(head_dim), key_pages.dtype != q.dtype
-    is_big = _has_big_shared_memory(gpu)
     # 16 KiB of keys and as much of values a step: with two steps in flight, two or three programs fit in a core.
     keys, num_warps = max(16, min(128, 2**14 // (columns * key_pages.dtype.itemsize))), 4
-    group_rows = common.padded(min(group, 64 if is_big else max(16, min(64, 2**12 // columns))))
+    group_rows = common.padded(min(group, 64 if _has_big_shared_memory(gpu) else min(64, 2**12 // columns)))
     # What else is smaller is so for want of registers: found by compiling, see the tests.
     if q.dtype == jnp.float32:
         group_rows = 16
@@ -142,8 +141,8 @@ def prefill_config(q, key_pages, slopes, mask, gpu):
     elif columns > 128:
         rows, keys, num_stages = (128, 32, 3) if _has_big_shared_memory(gpu) else (64, 32, 2)
     elif not _has_big_shared_memory(gpu):
-        is_plain = not is_quantized and key_pages.shape[2] >= 64 and slopes is None and not mask.has_begin
-        keys = 64 if is_plain or columns <= 64 and not is_quantized else 32
+        is_plain = key_pages.shape[2] >= 64 and slopes is None and mask.causal and not mask.has_begin
+        keys = 64 if not is_quantized and (columns <= 64 or is_plain and columns == q.shape[2]) else 32
         rows = 64 if is_quantized and columns > 64 else 128
     chosen = {"rows": rows, "keys": keys, "num_warps": 8, "num_stages": num_stages}
     return prefill.Config(**chosen | _tuned("prefill", q, key_pages, gpu))
