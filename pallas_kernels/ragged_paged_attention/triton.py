@@ -78,7 +78,7 @@ def attention(
         return decode.attend(*arrays, plan, *vectors, features, config)
 
     mask = prefill.Mask(window, causal, kv_starts is not None)
-    config = prefill_config(q, key_pages, alibi_slopes, mask, gpu)
+    config = prefill_config(q, key_pages, vectors, mask, gpu)
     plan = prefill.plan_of_blocks(cu_q_lens, kv_lens, kv_starts, tokens, heads // key_pages.shape[1], config.rows)
     chunks = prefill.attend(*arrays, plan, *vectors, features, mask, config)
     plan = decode.plan_of_slots(cu_q_lens, kv_lens, kv_starts, window)
@@ -130,8 +130,8 @@ def decode_config(q, key_pages, page_table, window, programs, gpu):
     return decode.Config(splits=splits, **chosen)
 
 
-def prefill_config(q, key_pages, slopes, mask, gpu):
-    """Block sizes of prefill."""
+def prefill_config(q, key_pages, vectors, mask, gpu):
+    """Block sizes of prefill, with `vectors` of the query heads if they are not `None`."""
     gpu = gpu or INTERPRETED
     columns, is_quantized = common.padded(q.shape[2]), key_pages.dtype != q.dtype
     rows, keys, num_stages = 128, 64, 3
@@ -141,8 +141,9 @@ def prefill_config(q, key_pages, slopes, mask, gpu):
     elif columns > 128:
         rows, keys, num_stages = (128, 32, 3) if _has_big_shared_memory(gpu) else (64, 32, 2)
     elif not _has_big_shared_memory(gpu):
-        is_plain = key_pages.shape[2] >= 64 and slopes is None and mask.causal and not mask.has_begin
-        keys = 64 if not is_quantized and (columns <= 64 or is_plain and columns == q.shape[2]) else 32
+        is_plain = mask.causal and not mask.has_begin and all(vector is None for vector in vectors)
+        is_whole = key_pages.shape[2] >= 64 and columns == q.shape[2]
+        keys = 64 if not is_quantized and (columns <= 64 or is_plain and is_whole) else 32
         rows = 64 if is_quantized and columns > 64 else 128
     chosen = {"rows": rows, "keys": keys, "num_warps": 8, "num_stages": num_stages}
     return prefill.Config(**chosen | _tuned("prefill", q, key_pages, gpu))

@@ -65,7 +65,7 @@ VARIANTS = {
     "d128 with everything": EVERYTHING,
     "d256": {"head_dim": 256, "heads": (16, 8), "window": 4096, "soft_cap": 50.0},
     "group of 71": {"head_dim": 64, "heads": (71, 1)},
-    "group of 7, long pages": {"heads": (28, 4), "page_size": 128},
+    "group of 7, long pages": {"heads": (28, 4), "page_size": 128, "features": ("sinks",)},
     "pool above 4 GiB": {"pages": 45_000},
     "int8": {"stored": jnp.int8, "page_size": 16},
     "int8 with everything": EVERYTHING | {"stored": jnp.int8},
@@ -167,7 +167,7 @@ def test_tuned_block_sizes(monkeypatch):
     _, arrays = call()
     for kind, num_warps in (("NVIDIA H200", 4), ("NVIDIA B200", 8)):
         gpu = dispatch.Gpu(kind, dispatch.capability_of(kind), 132)
-        config = triton.prefill_config(arrays["q"], arrays["key_pages"], None, Mask(None, True, False), gpu)
+        config = triton.prefill_config(arrays["q"], arrays["key_pages"], (None, None), Mask(None, True, False), gpu)
         assert (config.num_warps, config.rows) == (num_warps, 128)
 
 
