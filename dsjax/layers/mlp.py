@@ -5,7 +5,8 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from dsjax.config import ModelConfig
-from dsjax.layers.linear import ACTIVATIONS, linear
+from dsjax.layers.linear import linear
+from pallas_kernels.few_row_matmul import ACTIVATIONS
 
 
 def mlp(
