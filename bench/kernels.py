@@ -27,7 +27,7 @@ from jax import lax
 from bench import rivals, timing
 from bench.problems import Attention, Dense, Matmul, Norm, Rotary, Threshold, decode, described, prefill, ragged
 from bench.timing import Contender, ceilings, chained, failure, measure, replace
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.few_row_matmul import few_row_matmul
 from pallas_kernels.few_row_matmul.reference import ACTIVATIONS
@@ -120,7 +120,7 @@ def rotary(problem: Rotary, implementation: str) -> Contender:
 def norm(problem: Norm, implementation: str) -> Contender:
     """The sum becomes the next rows and the norm the next update; parts stay, and the norm becomes the next rows."""
     x, update, scale = problem.arrays()
-    run = functools.partial(add_rms_norm, eps=1e-5, implementation=implementation)
+    run = functools.partial(add_norm, eps=1e-5, implementation=implementation)
     if problem.parts:
         rest = (update, scale)
         return chained(lambda x, rest, _: run(x, *rest), x, rest, [None], follow=lambda _, out: out[1])
@@ -281,7 +281,7 @@ def _other_cases(shrink: Callable[[Any], Any]) -> list[Case]:
         name = f"{problem.rows} x {problem.width}" + (f", {problem.parts} parts" if problem.parts else "")
         # XLA would add up the parts once for all calls of a chain.
         implementations = {"triton": both["triton"]} if problem.parts else both
-        add("add_rms_norm", name, problem, norm, torch_norm, **implementations)
+        add("add_norm", name, problem, norm, torch_norm, **implementations)
 
     for name, problem in {
         "top-p": Threshold(32, 128_256, top_p=0.9),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dispatch import current_gpu
 from pallas_kernels.few_row_matmul import few_row_matmul
@@ -226,18 +226,35 @@ def rotary(model: str, page_dtype: str, implementation: str, tiny: bool = False)
     return found
 
 
-def norm(rows: int, width: int, parts: int, implementation: str, tiny: bool = False) -> dict[str, Any]:
+def norm(
+    rows: int, width: int, parts: int, implementation: str, both: bool = False, tiny: bool = False
+) -> dict[str, Any]:
+    """A residual with RMS norm; with `both`, an RMS norm of the update and a LayerNorm of the sum."""
     rng = np.random.default_rng(0)
     rows, width = (2, 48) if tiny else (rows, width)
-    x, scale = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, width), (width,)))
+    x = jnp.asarray(rng.normal(size=(rows, width)), jnp.bfloat16)
+    scale, bias, update_scale = (jnp.asarray(rng.normal(size=width), jnp.bfloat16) for _ in range(3))
     update = rng.normal(size=(parts, rows, width) if parts else (rows, width))
     update = jnp.asarray(update, jnp.float32 if parts else jnp.bfloat16)
-    run = jax.jit(functools.partial(add_rms_norm, eps=1e-5, implementation=implementation))
-    total, normed = run(x, update, scale)
-    exact = np.asarray(x, np.float64) + np.asarray(update, np.float64).reshape(-1, rows, width).sum(0)
-    stored = np.asarray(total, np.float64)
-    of_stored = stored / np.sqrt((stored**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)
-    return {"sum": rounded_once(total, exact), "norm": rounded_once(normed, of_stored)}
+    run = functools.partial(add_norm, eps=1e-5, implementation=implementation)
+    if both:
+        run = functools.partial(run, kind="layer", update_kind="rms", offset=1.0, multiplier=0.5)
+        total, normed = jax.jit(run)(x, update, scale, bias, update_scale=update_scale)
+    else:
+        total, normed = jax.jit(run)(x, update, scale)
+
+    def rms(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+    wide = {"x": x, "update": update, "scale": scale, "bias": bias, "update_scale": update_scale, "stored": total}
+    wide = {name: np.asarray(each, np.float64) for name, each in wide.items()}
+    added, stored = wide["update"].reshape(-1, rows, width).sum(0), wide["stored"]
+    if both:
+        added = 0.5 * rms(added) * (1 + wide["update_scale"])
+        of_stored = rms(stored - stored.mean(-1, keepdims=True)) * (1 + wide["scale"]) + wide["bias"]
+    else:
+        of_stored = rms(stored) * wide["scale"]
+    return {"sum": rounded_once(total, wide["x"] + added), "norm": rounded_once(normed, of_stored)}
 
 
 def matmul(rows: int, out: int, inner: int, activation: str | None, partial: bool, dtype: str, implementation: str):
@@ -296,7 +313,7 @@ def dense(implementation: str, tiny: bool = False, **options: Any) -> dict[str, 
 def escape_hatch() -> dict[str, Any]:
     """A Triton kernel called by way of `jax.ffi`, without Pallas: the way out should Pallas drop its Triton backend."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 256)), jnp.bfloat16)
-    run = jax.jit(functools.partial(add_rms_norm, eps=1e-5, implementation="triton"))
+    run = jax.jit(functools.partial(add_norm, eps=1e-5, implementation="triton"))
     scale = jnp.ones(256, jnp.bfloat16)
     wanted = run(x, x, scale)
     got = jax.jit(by_ffi(run.lower(x, x, scale), wanted))(x, scale, x)
@@ -351,7 +368,9 @@ def _checks(tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     for model, pages in (("llama-3.1-8b", "bfloat16"), ("qwen3-0.6b", "int8"), ("phi-2", "float8_e4m3fn")):
         add(f"rotary_page_write: {model}, {pages} [triton]", rotary, model, pages, "triton", tiny=tiny)
     for rows, width, parts in ((32, 4096, 4), (1, 576, 0), (300, 16384, 2)):
-        add(f"add_rms_norm: {rows} x {width}, {parts} parts [triton]", norm, rows, width, parts, "triton", tiny=tiny)
+        add(f"add_norm: {rows} x {width}, {parts} parts [triton]", norm, rows, width, parts, "triton", tiny=tiny)
+    for width in (2880, 16384):
+        add(f"add_norm: 32 x {width}, of both [triton]", norm, 32, width, 4, "triton", both=True, tiny=tiny)
     add("sampling_threshold: 128256 [triton]", threshold, 128_256, "triton", tiny=tiny)
     size = (64, 64) if tiny else (6144, 4096)
     for rows, activation, partial, dtype in (

@@ -197,7 +197,7 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Rows for `add_rms_norm`; with `parts`, the update is that many float32 parts of a product, else as the rows."""
+    """Rows for `add_norm`; with `parts`, the update is that many float32 parts of a product, else as the rows."""
 
     rows: int
     width: int

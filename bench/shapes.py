@@ -1,6 +1,6 @@
 """Shapes of the models that benchmarks speak of: configs without weights, from the models' public `config.json`."""
 
-from dsjax.config import ModelConfig, RopeScaling
+from dsjax.config import Experts, ModelConfig, RopeScaling
 
 
 def _llama3(factor: float) -> RopeScaling:
@@ -33,7 +33,7 @@ SHAPES: dict[str, ModelConfig] = {
         max_context=40_960,
         norm_eps=1e-6,
         rope_theta=1_000_000.0,
-        qk_norm=True,
+        qk_norm="head",
         tie_embeddings=True,
     ),
     "llama-3.2-1b": ModelConfig(
@@ -74,8 +74,7 @@ SHAPES: dict[str, ModelConfig] = {
         head_dim=128,
         max_context=32_768,
         rope_theta=1_000_000.0,
-        num_experts=8,
-        experts_per_token=2,
+        experts=Experts(count=8, per_token=2, size=14_336),
     ),
     "llama-3.3-70b": ModelConfig(
         model_type="llama",

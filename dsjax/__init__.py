@@ -4,8 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsjax.checkpoint import restore as restore
+    from dsjax.checkpoint import save as save
+    from dsjax.config import Experts as Experts
+    from dsjax.config import Latent as Latent
     from dsjax.config import ModelConfig as ModelConfig
+    from dsjax.config import Patches as Patches
     from dsjax.config import RopeScaling as RopeScaling
+    from dsjax.encoding import encode as encode
+    from dsjax.encoding import encode_image as encode_image
     from dsjax.errors import CheckpointError as CheckpointError
     from dsjax.errors import ConfigError as ConfigError
     from dsjax.errors import DsjaxError as DsjaxError
@@ -29,12 +36,16 @@ if TYPE_CHECKING:
     from dsjax.tokenizer import Tokenizer as Tokenizer
     from dsjax.tokenizer import load_tokenizer as load_tokenizer
     from dsjax.transformer import forward as forward
+    from policies import export_hf as export_hf
     from policies import load as load
     from policies import load_config as load_config
+    from policies.trees import from_tree as from_tree
 
 # Public names by the module that has them; loaded when first asked for, since `policies` imports from here too.
 _CONTENTS = {
-    "dsjax.config": ("ModelConfig", "RopeScaling"),
+    "dsjax.checkpoint": ("restore", "save"),
+    "dsjax.config": ("Experts", "Latent", "ModelConfig", "Patches", "RopeScaling"),
+    "dsjax.encoding": ("encode", "encode_image"),
     "dsjax.errors": ("DsjaxError", "CheckpointError", "ConfigError", "ParameterError", "RequestError"),
     "dsjax.generation": ("Generation", "generate"),
     "dsjax.params": ("Params", "abstract", "init", "prepare"),
@@ -45,7 +56,8 @@ _CONTENTS = {
     "dsjax.streaming": ("StreamStep", "stream"),
     "dsjax.tokenizer": ("Tokenizer", "load_tokenizer"),
     "dsjax.transformer": ("forward",),
-    "policies": ("load", "load_config"),
+    "policies": ("export_hf", "load", "load_config"),
+    "policies.trees": ("from_tree",),
 }
 _MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
 

@@ -14,12 +14,11 @@ from dsjax.memory import readable
 from dsjax.quantization import SCHEMES
 from dsjax.session import limit_context
 from dsjax.tokenizer import load_tokenizer
+from policies.loading import Checkpoint, open_checkpoint
 from policies.sources import hub
 from policies.sources.gguf import GgufFile
-from policies.sources.safetensors import HfFolder
 
 _PARTS = ("embedding", "attention", "mlp", "norms", "head")
-_SAFETENSORS_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +38,20 @@ class Stored:
     nbytes: int
 
 
-def stored_parts(source: GgufFile | HfFolder) -> list[Stored]:
+def stored_parts(source: Checkpoint) -> list[Stored]:
     """What a checkpoint holds, by part and format.
 
     Raises:
       CheckpointError: the checkpoint does not fit its config.
     """
     totals: dict[tuple[str, str], tuple[int, int]] = {}
-    for step in source.weights.fit(source.config, source.shapes(), source.origin):
+    shapes = source.shapes()
+    for step in source.weights.fit(source.config, shapes, source.origin):
         for tensor in step.tensors:
-            if isinstance(source, GgufFile):
-                info = source.tensors[tensor]
-                kind, nbytes = info.kind.name, info.nbytes
-            else:
-                info = source.tensors[tensor]
-                kind, nbytes = info.kind, math.prod(info.shape) * _SAFETENSORS_BYTES[info.kind]
+            kind, nbytes = source.stored(tensor)
             key = (_part(step.leaves[0]), kind)
             parameters, size = totals.get(key, (0, 0))
-            totals[key] = (parameters + math.prod(info.shape), size + nbytes)
+            totals[key] = (parameters + math.prod(shapes[tensor]), size + nbytes)
     ordered = sorted(totals.items(), key=lambda item: (_PARTS.index(item[0][0]), item[0][1]))
     return [Stored(*key, *sizes) for key, sizes in ordered]
 
@@ -65,7 +60,11 @@ def _part(path: str) -> str:
     """The part of the model that a leaf belongs to, by its dotted path."""
     names = path.split(".")
     module = names[2] if names[0] == "layers" else names[0]
-    return "norms" if module.endswith("norm") else {"embed": "embedding"}.get(module, module)
+    if module.endswith("norm"):
+        return "norms"
+    if names[0] == "layers":
+        return module
+    return "head" if module in ("embed_out", "head", "pooler", "projection") else "embedding"
 
 
 def describe(model: str, *, dtype: str, quantize: str | None = None, max_model_len: int | None = None) -> str:
@@ -81,7 +80,7 @@ def describe(model: str, *, dtype: str, quantize: str | None = None, max_model_l
       DsjaxError: the checkpoint can not be read, or `max_model_len` is beyond the model's limit.
     """
     path = hub.resolve(model)
-    source = HfFolder(path) if path.is_dir() else GgufFile(path)
+    source = open_checkpoint(path)
     config, parts = limit_context(source.config, max_model_len), stored_parts(source)
     return "\n".join(
         [
@@ -90,7 +89,7 @@ def describe(model: str, *, dtype: str, quantize: str | None = None, max_model_l
             "",
             *_weights(config, parts),
             "",
-            *_plan(config, parts, dtype, quantize == "none"),
+            *_plan(config, parts, dtype, quantize),
         ]
     )
 
@@ -99,14 +98,14 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<14}{text}"
 
 
-def _architecture(config: ModelConfig, source: GgufFile | HfFolder, path: Path) -> Iterator[str]:
+def _architecture(config: ModelConfig, source: Checkpoint, path: Path) -> Iterator[str]:
     c = config
     yield _line("architecture", f"{c.model_type}, {c.num_layers} layers, hidden {c.hidden_size:,}")
     yield _line("attention", f"{c.num_heads} query heads, {c.num_kv_heads} key/value heads of {c.head_dim}")
     if any(c.windows):
         windowed = [window for window in c.windows if window]
         yield _line("window", f"{windowed[0]:,} tokens in {len(windowed)} of {c.num_layers} layers")
-    experts = f", {c.num_experts} experts, {c.experts_per_token} a token" if c.num_experts else ""
+    experts = f", {c.experts.count} experts, {c.experts.per_token} a token" if c.experts else ""
     yield _line("feed-forward", f"{c.intermediate_size:,}, {c.activation}{experts}")
     yield _line("vocabulary", f"{c.vocab_size:,} tokens" + (", head tied to the embedding" if c.tie_embeddings else ""))
     yield _line("context", f"{c.max_context:,} tokens")
@@ -133,15 +132,24 @@ def _weights(config: ModelConfig, parts: list[Stored]) -> Iterator[str]:
     yield f"  {'together':<24}{total[0]:>16,}{readable(total[1]):>12}"
 
 
-def _plan(config: ModelConfig, parts: list[Stored], dtype: str, dequantized: bool) -> Iterator[str]:
+def _loaded_bytes(part: Stored, dtype: str, quantize: str | None) -> int:
+    """What the weights of a part take when they are loaded."""
+    if quantize in SCHEMES and part.part != "norms":
+        scheme = SCHEMES[quantize]
+        scales = 4 if scheme.has_minimum else 2
+        return part.parameters * scheme.bits // 8 + part.parameters // scheme.group_size * scales
+    if quantize is None and part.kind.lower() in SCHEMES:
+        return part.nbytes
+    return part.parameters * jnp.dtype(dtype).itemsize
+
+
+def _plan(config: ModelConfig, parts: list[Stored], dtype: str, quantize: str | None) -> Iterator[str]:
     name, total = memory.available()
-    itemsize = jnp.dtype(dtype).itemsize
-    loaded = sum(
-        part.parameters * itemsize if dequantized or part.kind.lower() not in SCHEMES else part.nbytes for part in parts
-    )
+    loaded = sum(_loaded_bytes(part, dtype, quantize) for part in parts)
     plan = memory.Plan(total, loaded, memory.kv_bytes(config, dtype))
+    how = {None: "", "none": ", dequantized"}.get(quantize, f", quantized to {quantize}")
     yield _line("memory", f"{readable(total)} on {name}, of which {memory.USABLE:.0%} may be used")
-    yield _line("weights", f"{readable(loaded)} in {dtype}{', dequantized' if dequantized else ''}")
+    yield _line("weights", f"{readable(loaded)} in {dtype}{how}")
     yield _line("keys, values", f"{readable(plan.token)} a token, {readable(plan.token * plan.page_size)} a page")
     if loaded > total * memory.USABLE:
         yield _line("pages", "none: the weights alone do not fit")

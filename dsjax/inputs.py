@@ -68,6 +68,20 @@ def as_batch(tokens: Any, lengths: Any, config: ModelConfig) -> tuple[Any, Any]:
     return _as(tokens, jnp.int32), _as(lengths, jnp.int32)
 
 
+def as_texts(tokens: Any, lengths: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """Whole texts for a dense pass, as `as_batch` gives them, no wider than the model's context.
+
+    Raises:
+      RequestError: as `as_batch`, or texts that are longer than the context.
+    """
+    padded_here = isinstance(tokens, Sequence)
+    tokens, lengths = as_batch(tokens, lengths, config)
+    longest = int(np.max(lengths)) if padded_here else tokens.shape[1]
+    if longest > config.max_context:
+        raise RequestError(f"{longest} tokens are longer than the model's context, {config.max_context}")
+    return tokens[:, : config.max_context], lengths
+
+
 def numpy_of(*values: Any) -> Any:
     """The array module to work with: `jax.numpy` as soon as one value is traced."""
     return jnp if any(is_traced(value) for value in values) else np

@@ -44,7 +44,9 @@ class Plan:
 
 def kv_bytes(config: ModelConfig, dtype: Any) -> int:
     """Bytes of the keys and values of one token in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    latent = config.latent
+    values = 2 * config.num_kv_heads * config.head_dim if latent is None else latent.kv_rank + latent.rope_size
+    return config.num_layers * values * jnp.dtype(dtype).itemsize
 
 
 def available() -> tuple[str, int]:

@@ -11,20 +11,40 @@ one `qkv` and `gate`, `up` one `gate_up`, joined along `out`.
     layers.0.attention.v.weight [K*H, D]     final_norm.scale [D]
     layers.0.attention.out.weight [D, N*H]   head.weight [V, D]     (absent when tied)
 
-Where the config has `qk_norm`, there are
+Every `weight` may have a `bias` beside it, every `scale` too. What else there is where the config says so:
 
-    layers.0.attention.q_norm.scale [H]      layers.0.attention.k_norm.scale [H]
+    positions.weight [R, D]                    layers.0.attention.q_norm.scale [H], [N, H] or [N*H]
+    token_types.weight [R, D]                  layers.0.attention.k_norm.scale [H], [K, H] or [K*H]
+    embed_norm.scale [D]                       layers.0.attention.sinks [N]
+    embed_in.weight [D, embed_size]            layers.0.attention_post_norm.scale [D]
+    embed_out.weight [embed_size, D]           layers.0.mlp_post_norm.scale [D]
+    pooler.weight [D, D]                       projection.weight [projection_size, D]
 
-and where it has experts, instead of `gate`, `up` and `down`,
+A model that reads images has no `embed`, but squares of `C` channels and `p` pixels along a side, and the embedding of
+a token that stands before them:
 
-    layers.0.mlp.router.weight [E, D]              layers.0.mlp.experts.up.weight [E, F, D]
-    layers.0.mlp.experts.gate.weight [E, F, D]     layers.0.mlp.experts.down.weight [E, D, F]
+    patches.weight [D, C*p*p]                  patches.class_token [D]
+
+With experts, instead of `gate`, `up` and `down` (`S` is the width of the network that all tokens pass):
+
+    layers.0.mlp.router.weight [E, D]          layers.0.mlp.shared.gate.weight [S, D]
+    layers.0.mlp.router.correction [E]         layers.0.mlp.shared.up.weight [S, D]
+    layers.0.mlp.experts.gate.weight [E, F, D] layers.0.mlp.shared.down.weight [D, S]
+    layers.0.mlp.experts.up.weight [E, F, D]   layers.0.mlp.shared_gate.weight [1 or 2, D]
+    layers.0.mlp.experts.down.weight [E, D, F]
+
+With latent attention, instead of `q`, `k` and `v` (`r` is the rank of keys and values, `s` that of queries):
+
+    layers.0.attention.q_down.weight [s, D]    layers.0.attention.kv_down.weight [r + rope_size, D]
+    layers.0.attention.q_down_norm.scale [s]   layers.0.attention.kv_down_norm.scale [r]
+    layers.0.attention.q.weight [N*H, s or D]  layers.0.attention.k_up.weight [N*nope_size, r]
+                                               layers.0.attention.v_up.weight [N*value_size, r]
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +52,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from dsjax.config import ModelConfig
+from dsjax.config import Experts, Latent, ModelConfig, Patches
 from dsjax.errors import ParameterError
 from dsjax.quantization import QuantizedArray
 
@@ -86,6 +106,7 @@ _FUSIONS = (
     ("attention", ("q", "k", "v"), "qkv"),
     ("mlp", ("gate", "up"), "gate_up"),
     ("mlp.experts", ("gate", "up"), "gate_up"),
+    ("mlp.shared", ("gate", "up"), "gate_up"),
 )
 
 
@@ -95,50 +116,172 @@ def _fusions(config: ModelConfig, paths: Container[str]) -> Iterator[tuple[list[
         for module, parts, fused in _FUSIONS:
             for kind in ("weight", "bias"):
                 joined = [f"layers.{i}.{module}.{part}.{kind}" for part in parts]
-                if joined[0] in paths:
+                if all(path in paths for path in joined):
                     yield joined, f"layers.{i}.{module}.{fused}.{kind}"
+
+
+class _Specs(dict[str, LeafSpec]):
+    """Specs of leaves by dotted path, with the shapes that modules have."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def linear(self, path: str, shape: tuple[int, ...], axes: tuple[str, ...], bias: bool = False):
+        self[f"{path}.weight"] = LeafSpec(shape, axes)
+        if bias:
+            self[f"{path}.bias"] = LeafSpec(shape[:-1], axes[:-1], "zeros")
+
+    def norm(self, path: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("embed",), bias: bool | None = None):
+        if self.config.norm_scale:
+            self[f"{path}.scale"] = LeafSpec(shape, axes, "zeros" if self.config.norm_offset else "ones")
+        if self.config.norm_bias if bias is None else bias:
+            self[f"{path}.bias"] = LeafSpec(shape, axes, "zeros")
+
+
+def _add_attention(specs: _Specs, path: str) -> None:
+    c = specs.config
+    out = c.num_heads * (c.head_dim if c.latent is None else c.latent.value_size)
+    if c.latent is not None:
+        _add_latent(specs, path)
+    else:
+        for name, heads, axis in (("q", c.num_heads, "heads"), ("k", c.num_kv_heads, "kv_heads")):
+            specs.linear(f"{path}.{name}", (heads * c.head_dim, c.hidden_size), (axis, "embed"), c.attention_bias)
+        v = (c.num_kv_heads * c.head_dim, c.hidden_size)
+        specs.linear(f"{path}.v", v, ("kv_heads", "embed"), c.attention_bias)
+    if c.qk_norm:
+        for name, heads, axis in (("q", c.num_heads, "heads"), ("k", c.num_kv_heads, "kv_heads")):
+            shape, axes = {
+                "head": ((c.head_dim,), ("head",)),
+                "heads": ((heads, c.head_dim), (axis, "head")),
+                "whole": ((heads * c.head_dim,), (axis,)),
+            }[c.qk_norm]
+            specs.norm(f"{path}.{name}_norm", shape, axes, c.qk_norm_bias)
+    if c.sinks:
+        specs[f"{path}.sinks"] = LeafSpec((c.num_heads,), ("heads",), "zeros")
+    specs.linear(f"{path}.out", (c.hidden_size, out), ("embed", "heads"), c.attention_out_bias)
+
+
+def _add_latent(specs: _Specs, path: str) -> None:
+    c, latent = specs.config, specs.config.latent
+    assert latent is not None
+    if latent.query_rank is not None:
+        specs.linear(f"{path}.q_down", (latent.query_rank, c.hidden_size), ("rank", "embed"), c.attention_bias)
+        specs[f"{path}.q_down_norm.scale"] = LeafSpec((latent.query_rank,), ("rank",), "ones")
+    inner = c.hidden_size if latent.query_rank is None else latent.query_rank
+    specs.linear(f"{path}.q", (c.num_heads * c.head_dim, inner), ("heads", "embed"))
+    rows = latent.kv_rank + latent.rope_size
+    specs.linear(f"{path}.kv_down", (rows, c.hidden_size), ("rank", "embed"), c.attention_bias)
+    specs[f"{path}.kv_down_norm.scale"] = LeafSpec((latent.kv_rank,), ("rank",), "ones")
+    for name, size in (("k_up", latent.nope_size), ("v_up", latent.value_size)):
+        specs.linear(f"{path}.{name}", (c.num_heads * size, latent.kv_rank), ("heads", "rank"))
+
+
+def _add_mlp(specs: _Specs, path: str, size: int, bias: bool, experts: tuple[int, ...] = ()) -> None:
+    c, stack = specs.config, ("experts",) * len(experts)
+    for name in ("gate", "up") if c.gated else ("up",):
+        specs.linear(f"{path}.{name}", (*experts, size, c.hidden_size), (*stack, "mlp", "embed"), bias)
+    specs.linear(f"{path}.down", (*experts, c.hidden_size, size), (*stack, "embed", "mlp"), bias)
+
+
+def _add_experts(specs: _Specs, path: str, experts: Experts) -> None:
+    c = specs.config
+    specs.linear(f"{path}.router", (experts.count, c.hidden_size), ("experts", "embed"), experts.router_bias)
+    if experts.correction:
+        specs[f"{path}.router.correction"] = LeafSpec((experts.count,), ("experts",), "zeros")
+    _add_mlp(specs, f"{path}.experts", experts.size, experts.bias, (experts.count,))
+    if experts.shared_size:
+        _add_mlp(specs, f"{path}.shared", experts.shared_size, c.mlp_bias)
+        if experts.shared_mix != "sum":
+            rows, bias = {"gate": (1, False), "coefficient": (2, True)}[experts.shared_mix]
+            specs.linear(f"{path}.shared_gate", (rows, c.hidden_size), ("experts", "embed"), bias)
 
 
 @functools.cache
 def leaf_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
     """Spec of each leaf by its dotted path, in the order of the forward pass."""
     c = config
-    query, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    specs: dict[str, LeafSpec] = {"embed.weight": LeafSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"))}
-
-    def linear(path: str, out: int, inner: int, axes: tuple[str, str], bias: bool):
-        specs[f"{path}.weight"] = LeafSpec((out, inner), axes)
-        if bias:
-            specs[f"{path}.bias"] = LeafSpec((out,), axes[:1], "zeros")
-
+    specs = _Specs(config)
+    width = (c.hidden_size,)
+    if c.patches is None:
+        specs.linear("embed", (c.vocab_size, c.embed_dim), ("vocab", "embed"))
+    else:
+        specs.linear("patches", (c.hidden_size, c.patches.channels * c.patches.size**2), ("embed", "embed"))
+        specs["patches.class_token"] = LeafSpec(width, ("embed",))
+    if c.embed_size is not None:
+        specs.linear("embed_in", (c.hidden_size, c.embed_size), ("embed", "embed"))
+    for name, rows in (("positions", c.learned_positions), ("token_types", c.token_types)):
+        if rows:
+            specs.linear(name, (rows, c.hidden_size), ("positions", "embed"))
+    if c.embed_norm:
+        specs.norm("embed_norm", width)
     for i in range(c.num_layers):
-        layer = f"layers.{i}"
-        specs[f"{layer}.attention_norm.scale"] = LeafSpec((c.hidden_size,), ("embed",), "ones")
-        linear(f"{layer}.attention.q", query, c.hidden_size, ("heads", "embed"), c.attention_bias)
-        linear(f"{layer}.attention.k", kv, c.hidden_size, ("kv_heads", "embed"), c.attention_bias)
-        linear(f"{layer}.attention.v", kv, c.hidden_size, ("kv_heads", "embed"), c.attention_bias)
-        if c.qk_norm:
-            specs[f"{layer}.attention.q_norm.scale"] = LeafSpec((c.head_dim,), ("head",), "ones")
-            specs[f"{layer}.attention.k_norm.scale"] = LeafSpec((c.head_dim,), ("head",), "ones")
-        linear(f"{layer}.attention.out", c.hidden_size, query, ("embed", "heads"), c.attention_out_bias)
-        specs[f"{layer}.mlp_norm.scale"] = LeafSpec((c.hidden_size,), ("embed",), "ones")
-        feed_forward = {
-            "gate": ((c.intermediate_size, c.hidden_size), ("mlp", "embed")),
-            "up": ((c.intermediate_size, c.hidden_size), ("mlp", "embed")),
-            "down": ((c.hidden_size, c.intermediate_size), ("embed", "mlp")),
-        }
-        if c.num_experts:
-            linear(f"{layer}.mlp.router", c.num_experts, c.hidden_size, ("experts", "embed"), False)
-        for name, (shape, axes) in feed_forward.items():
-            if c.num_experts:
-                stack = LeafSpec((c.num_experts, *shape), ("experts", *axes))
-                specs[f"{layer}.mlp.experts.{name}.weight"] = stack
-            else:
-                linear(f"{layer}.mlp.{name}", *shape, axes, c.mlp_bias)
-    specs["final_norm.scale"] = LeafSpec((c.hidden_size,), ("embed",), "ones")
+        path, layer = f"layers.{i}", c.layer(i)
+        if layer.attention_norm:
+            specs.norm(f"{path}.attention_norm", width)
+        _add_attention(specs, f"{path}.attention")
+        if c.norm_placement != "pre":
+            specs.norm(f"{path}.attention_post_norm", width)
+        if c.norm_placement in ("pre", "both") and not c.shared_norm:
+            specs.norm(f"{path}.mlp_norm", width)
+        if layer.experts and c.experts is not None:
+            _add_experts(specs, f"{path}.mlp", c.experts)
+        else:
+            _add_mlp(specs, f"{path}.mlp", c.intermediate_size, c.mlp_bias)
+        if c.norm_placement != "pre":
+            specs.norm(f"{path}.mlp_post_norm", width)
+    if c.final_norm:
+        specs.norm("final_norm", width)
+    if c.pooler == "tanh":
+        specs.linear("pooler", (c.hidden_size, c.hidden_size), ("embed", "embed"), True)
+    if c.projection_size is not None:
+        specs.linear("projection", (c.projection_size, c.hidden_size), ("embed", "embed"))
+    if c.embed_size is not None:
+        specs.linear("embed_out", (c.embed_size, c.hidden_size), ("embed", "embed"))
+    if not c.lm_head:
+        return MappingProxyType(dict(specs))
     if not c.tie_embeddings:
-        specs["head.weight"] = LeafSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"))
-    return MappingProxyType(specs)
+        specs.linear("head", (c.vocab_size, c.embed_dim), ("vocab", "embed"), c.head_bias)
+    elif c.head_bias:
+        specs["head.bias"] = LeafSpec((c.vocab_size,), ("vocab",), "zeros")
+    return MappingProxyType(dict(specs))
+
+
+@functools.cache
+def _leaf_names() -> frozenset[str]:
+    """Every leaf that a model may have, with 0 for its layer."""
+    one = ModelConfig("any", 1, 2, 1, 1, 1, 1, 2, 1)
+    both = Experts(1, 1, 1, router_bias=True, correction=True, bias=True, shared_size=1, shared_mix="coefficient")
+    full = dataclasses.replace(
+        one,
+        norm_bias=True,
+        norm_placement="both",
+        embed_norm=True,
+        qk_norm="head",
+        qk_norm_bias=True,
+        embed_size=1,
+        token_types=1,
+        learned_positions=1,
+        attention_bias=True,
+        attention_out_bias=True,
+        sinks=True,
+        mlp_bias=True,
+        head_bias=True,
+        pooler="tanh",
+        projection_size=1,
+    )
+    variants = [full, dataclasses.replace(full, experts=both)]
+    variants.append(dataclasses.replace(full, latent=Latent(1, 1, 2, 1, 1)))
+    variants.append(dataclasses.replace(full, patches=Patches(1, 1)))
+    return frozenset(name for config in variants for name in leaf_specs(config))
+
+
+def is_known(path: str) -> bool:
+    """Whether some model has a leaf of this dotted path."""
+    parts = path.split(".")
+    if parts[0] == "layers" and len(parts) > 1 and parts[1].isdecimal():
+        parts[1] = "0"
+    return ".".join(parts) in _leaf_names()
 
 
 def unflatten(leaves: dict[str, Any], config: ModelConfig) -> Params:
@@ -184,20 +327,20 @@ def _fused_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
     specs = dict(leaf_specs(config))
     for paths, fused in _fusions(config, leaf_specs(config)):
         pieces = [specs.pop(path) for path in paths]
-        shape, out = list(pieces[0].shape), _out_axis(pieces[0].shape)
+        shape, out = list(pieces[0].shape), _out_axis(fused)
         shape[out] = sum(piece.shape[out] for piece in pieces)
         specs[fused] = LeafSpec(tuple(shape), pieces[0].axes, pieces[0].init)
     return MappingProxyType(specs)
 
 
-def _out_axis(shape: Sequence[int]) -> int:
+def _out_axis(path: str) -> int:
     """Where `out` stands: last in a bias, before the contracted axis in a weight."""
-    return max(len(shape) - 2, 0)
+    return -1 if path.endswith(".bias") else -2
 
 
 def is_fused(params: Params) -> bool:
     """Whether `prepare` has joined the projections of this tree."""
-    return "qkv" in params["layers"]["0"]["attention"]
+    return any(".qkv." in path or ".gate_up." in path for path in flatten(params))
 
 
 def logical_axes(params: Params) -> dict[str, tuple[str, ...]]:
@@ -208,8 +351,7 @@ def logical_axes(params: Params) -> dict[str, tuple[str, ...]]:
 
 def _leaf_problems(params: Params) -> Iterator[str]:
     leaves = flatten(params)
-    fused = any(".attention.qkv." in path for path in leaves)
-    specs = _fused_specs(params.config) if fused else leaf_specs(params.config)
+    specs = _fused_specs(params.config) if is_fused(params) else leaf_specs(params.config)
     for path, spec in specs.items():
         leaf = leaves.get(path)
         if leaf is None:
@@ -240,6 +382,11 @@ def validate(params: Params) -> None:
         raise ParameterError(problems[0] + more)
 
 
+def leaf_dtype(path: str, dtype: Any) -> Any:
+    """The dtype of a plain leaf in a tree of `dtype`: float32 for what rounding would choose other experts by."""
+    return jnp.float32 if path.endswith(".router.correction") else dtype
+
+
 def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> Params:
     """Fuse q, k, v and gate, up of every layer, and cast: fewer, larger products a step.
 
@@ -247,32 +394,33 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
 
     Args:
       params: parameter tree.
-      dtype: floating dtype of every plain leaf (and of what quantized leaves stand for), or `None` to keep each.
+      dtype: floating dtype of every plain leaf (and of what quantized leaves stand for), or `None` to keep each; see
+        `leaf_dtype`.
       dequantize: turn quantized leaves into plain ones.
 
     Returns:
       The fused tree, with the same config.
     """
 
-    def cast(leaf):
+    def cast(path, leaf):
         if isinstance(leaf, QuantizedArray):
             return _dequantize(leaf, dtype=dtype) if dequantize else leaf.astype(dtype or leaf.dtype)
-        return leaf if dtype is None else leaf.astype(dtype)
+        return leaf if dtype is None else leaf.astype(leaf_dtype(path, dtype))
 
-    leaves = {path: cast(leaf) for path, leaf in flatten(params).items()}
+    leaves = {path: cast(path, leaf) for path, leaf in flatten(params).items()}
     for paths, fused in list(_fusions(params.config, leaves)):
-        leaves[fused] = _join([leaves.pop(path) for path in paths])
+        leaves[fused] = _join([leaves.pop(path) for path in paths], axis=_out_axis(fused))
     return unflatten(leaves, params.config)
 
 
 _dequantize = jax.jit(QuantizedArray.dequantize, static_argnames="dtype")
 
 
-@jax.jit
-def _join(pieces: list[Any]):
+@functools.partial(jax.jit, static_argnames="axis")
+def _join(pieces: list[Any], axis: int):
     """Join along `out`; quantized pieces of one scheme stay quantized, mixed ones are dequantized."""
     if all(isinstance(piece, QuantizedArray) for piece in pieces):
         if len({piece.layout for piece in pieces}) == 1:
             return QuantizedArray.concatenate(pieces)
     plain = [piece.dequantize() if isinstance(piece, QuantizedArray) else piece for piece in pieces]
-    return jnp.concatenate(plain, axis=_out_axis(plain[0].shape))
+    return jnp.concatenate(plain, axis=axis)

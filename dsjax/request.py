@@ -84,6 +84,7 @@ def request(
     """
     validate(params)
     config = params.config
+    config.require_head()
     tokens, lengths = as_batch(tokens, lengths, config)
     batch, longest = tokens.shape
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("page_size", page_size)):

@@ -5,18 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsjax.errors import RequestError
-from dsjax.inputs import as_batch
+from dsjax.inputs import as_texts
 from dsjax.params import Params, validate
 from dsjax.transformer import dense_logits, dense_score
 
 
 def _checked(params: Params, tokens: Any, lengths: Any):
     validate(params)
-    tokens, lengths = as_batch(tokens, lengths, params.config)
-    if tokens.shape[1] > params.config.max_context:
-        raise RequestError(f"{tokens.shape[1]} tokens are longer than the model's context, {params.config.max_context}")
-    return tokens, lengths
+    params.config.require_head()
+    return as_texts(tokens, lengths, params.config)
 
 
 def logits(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B L V"]:
@@ -32,8 +29,9 @@ def logits(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B 
 
     Raises:
       RequestError: tokens that do not fit the model.
+      ConfigError: the model has no head that predicts tokens.
     """
-    return dense_logits(params, _checked(params, tokens, lengths)[0])
+    return dense_logits(params, *_checked(params, tokens, lengths))
 
 
 def score(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B L"]:
@@ -49,6 +47,7 @@ def score(params: Params, tokens: Any, lengths: Any = None) -> Float[Array, "B L
 
     Raises:
       RequestError: tokens that do not fit the model.
+      ConfigError: the model has no head that predicts tokens.
     """
     tokens, lengths = _checked(params, tokens, lengths)
-    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], dense_score(params, tokens), 0)
+    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], dense_score(params, tokens, lengths), 0)

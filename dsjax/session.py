@@ -56,7 +56,7 @@ class Session:
         """
         plain = self._quantize == "none"
         # Dequantizing as part of `prepare` reads and holds fewer bytes than doing it on loading.
-        tree = policies.load(self._model, dtype=self._dtype, quantize=None if plain else self._quantize)
+        tree = policies.load(self._model, dtype=self._dtype, quantize=None if plain else self._quantize, progress=False)
         return _prepare(Params(tree, self.config), dequantize=plain)
 
     @functools.cached_property

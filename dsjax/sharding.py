@@ -12,6 +12,8 @@ RULES: Mapping[str, str | None] = {
     "mlp": "tensor",
     "embed": None,
     "head": None,
+    "positions": None,
+    "rank": None,
     # Each device holds a slice of every expert, so that they are equally busy whichever the router chooses.
     "experts": None,
 }

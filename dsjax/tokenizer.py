@@ -16,8 +16,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsjax.errors import CheckpointError, RequestError
+from policies.fields import token_ids
 from policies.gguf_models import gguf_token_ids
-from policies.hf_decoder import token_ids
 from policies.sources import hub
 from policies.sources.gguf import GgufFile
 from policies.sources.gguf_vocab import gguf_tokenizer

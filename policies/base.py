@@ -7,25 +7,23 @@ elsewhere.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError, ParameterError
-from dsjax.params import Params, flatten, is_fused, leaf_specs, validate
+from dsjax.params import Params, flatten, is_fused, is_known, leaf_specs, validate
 from dsjax.quantization import QuantizedArray
-
-Shape = tuple[int, ...]
-Leaf = np.ndarray | QuantizedArray | Any
+from policies.fields import Codec, model_config
+from policies.ops import Copy, Leaf, Op, Shape
 
 # Fields that any Hugging Face config.json may hold and that do not change what the model computes at inference:
 # provenance, storage, training, and the generation settings that older releases kept there.
 HARMLESS_FIELDS = frozenset(
     """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_implementation
+    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_implementation auto_map
     attn_pdrop bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size exponential_decay_length_penalty
     finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
@@ -42,88 +40,9 @@ HARMLESS_FIELDS = frozenset(
 FIXED_FIELDS: Mapping[str, Any] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
-    "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "tie_encoder_decoder": False,
 }
-
-
-@runtime_checkable
-class Op(Protocol):
-    """A reversible operation between checkpoint tensors and leaves; quantized leaves pass through it whole."""
-
-    def tensor_shapes(self, leaf_shapes: list[Shape], config: ModelConfig) -> list[Shape]:
-        """Shapes that the tensors must have for leaves of these shapes."""
-        ...
-
-    def to_leaves(self, tensors: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """Leaves from tensors."""
-        ...
-
-    def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """Tensors from leaves: the inverse of `to_leaves`."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """The leaf is the tensor."""
-
-    def tensor_shapes(self, leaf_shapes: list[Shape], config: ModelConfig) -> list[Shape]:
-        """The same shapes."""
-        return leaf_shapes
-
-    def to_leaves(self, tensors: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """The same arrays."""
-        return tensors
-
-    def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """The same arrays."""
-        return leaves
-
-
-@dataclasses.dataclass(frozen=True)
-class InterleavedRotary:
-    """llama.cpp's row order of query and key projections, where the two halves of a rotary pair are neighbours.
-
-    dsjax, as Hugging Face, rotates row `j` of a head with row `j + head_dim / 2`. llama.cpp rotates row `2j` with row
-    `2j + 1`. With `head_dim = 6`, leaf rows 0 1 2 3 4 5 are tensor rows 0 2 4 1 3 5. Rows stay whole, so blocks of
-    quantized weights do too.
-    """
-
-    def _rows(self, count: int, config: ModelConfig) -> np.ndarray:
-        return np.arange(count).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-
-    def tensor_shapes(self, leaf_shapes: list[Shape], config: ModelConfig) -> list[Shape]:
-        """The same shapes."""
-        return leaf_shapes
-
-    def to_leaves(self, tensors: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """Rows in rotate-half order."""
-        return [tensor[self._rows(tensor.shape[0], config)] for tensor in tensors]
-
-    def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """Rows in interleaved order."""
-        return [leaf[np.argsort(self._rows(leaf.shape[0], config))] for leaf in leaves]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """The leaf is the tensors, one behind the other along a new first axis."""
-
-    def tensor_shapes(self, leaf_shapes: list[Shape], config: ModelConfig) -> list[Shape]:
-        """The shape of one, as often as the first axis is long."""
-        (shape,) = leaf_shapes
-        return [shape[1:]] * shape[0]
-
-    def to_leaves(self, tensors: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """The stack."""
-        return [jax.tree.map(lambda *parts: np.stack(parts), *tensors)]
-
-    def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
-        """What is stacked."""
-        (leaf,) = leaves
-        return [leaf[i] for i in range(leaf.shape[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +50,8 @@ class Entry:
     """One line of a weight map; `{i}` in the names stands for every layer, `{e}` in a tensor's for every expert.
 
     Attributes:
-      leaves: dotted path of the leaf, or several for an operation that fills them together.
+      leaves: dotted path of the leaf, or several for an operation that fills them together. Of several, those that a
+        config lacks are left out.
       tensors: name of the checkpoint tensor, or several.
       op: what turns the tensors into the leaves.
       redundant: the tensor may be in the file although this config has no such leaf, and is then ignored (a head saved
@@ -145,8 +65,29 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Either:
+    """Entries in several spellings; a checkpoint has one of them, and the first is written.
+
+    Attributes:
+      spellings: tuples of entries that fill the same leaves. One whose first leaf the config lacks is not taken.
+      choose: which of them the checkpoints of a config have, in families where it is the config that decides.
+    """
+
+    spellings: tuple[tuple[Entry, ...], ...]
+    choose: Callable[[ModelConfig], int] | None = None
+
+
+_COPY = Copy()
+
+
+def each(kinds: Iterable[str], leaf: str, tensor: str, op: Op = _COPY, **options: Any) -> tuple[Entry, ...]:
+    """Entries of one module: `each(("weight", "bias"), "layers.{i}.attention.q", "h.{i}.q_proj")`."""
+    return tuple(Entry(f"{leaf}.{kind}", f"{tensor}.{kind}", op, **options) for kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
-    """An entry with its layer and experts filled in."""
+    """An entry with its layer and experts filled in, for the leaves that the config has."""
 
     leaves: tuple[str, ...]
     tensors: tuple[str, ...]
@@ -174,43 +115,51 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WeightMap:
-    """Entries between leaves and checkpoint tensors, and patterns (regular expressions) of tensors to ignore."""
+    """Entries between leaves and checkpoint tensors.
 
-    entries: tuple[Entry, ...]
+    Attributes:
+      entries: one for each leaf that a model of the family may have, in every spelling that its checkpoints use.
+      ignored: patterns (regular expressions) of tensors to ignore.
+      prefix: what the names of tensors begin with in some checkpoints of the family and not in others.
+      optional: fields of `ModelConfig` for parts that some checkpoints have and some lack, whatever their config.json
+        says, each with a tensor of that part. Without it the field has its default.
+    """
+
+    entries: tuple[Entry | Either, ...]
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def steps(self, config: ModelConfig) -> list[Step]:
+    def present(self, config: ModelConfig, names: Collection[str]) -> ModelConfig:
+        """The config of a checkpoint that has these tensors: without the optional parts that it lacks."""
+        absent = {
+            field.name: field.default
+            for field in dataclasses.fields(config)
+            if (tensor := self.optional.get(field.name)) and not {tensor, tensor.removeprefix(self.prefix)} & set(names)
+        }
+        return dataclasses.replace(config, **absent)
+
+    def steps(self, config: ModelConfig, names: Iterable[str] | None = None) -> list[Step]:
         """The entries of this config, layer by layer; those of leaves that it lacks (a bias, a tied head) come too.
+
+        Args:
+          config: the architecture.
+          names: of the tensors in a checkpoint, to choose among spellings; `None` takes the first.
 
         Raises:
           ConfigError: two entries fill one leaf or use one tensor, an entry fills a leaf that no config has, or a leaf
             of this config is filled by none.
         """
-        everything = dataclasses.replace(
-            config,
-            attention_bias=True,
-            attention_out_bias=True,
-            mlp_bias=True,
-            qk_norm=True,
-            tie_embeddings=False,
-            num_experts=0,
-            experts_per_token=0,
-        )
-        experts = dataclasses.replace(everything, mlp_bias=False, num_experts=1, experts_per_token=1)
-        possible = leaf_specs(everything).keys() | leaf_specs(experts).keys()
+        names = None if names is None else set(names)
         steps, filled, used = [], set(), set()
-        for entry in self.entries:
+        specs = leaf_specs(config)
+        for entry in self._spelled(config, names):
             leaves = (entry.leaves,) if isinstance(entry.leaves, str) else entry.leaves
             tensors = (entry.tensors,) if isinstance(entry.tensors, str) else entry.tensors
             for i in range(config.num_layers if "{i}" in leaves[0] else 1):
-                step = Step(
-                    _at_layer(leaves, i),
-                    _of_experts(_at_layer(tensors, i), config.num_experts),
-                    entry.op,
-                    entry.redundant,
-                )
+                step = self._step(entry, leaves, tensors, i, config)
                 for leaf in step.leaves:
-                    if leaf not in possible:
+                    if not is_known(leaf):
                         raise ConfigError(f"the weight map fills leaf '{leaf}', which no model has")
                     if leaf in filled:
                         raise ConfigError(f"two entries of the weight map fill leaf '{leaf}'")
@@ -219,11 +168,46 @@ class WeightMap:
                     if tensor in used:
                         raise ConfigError(f"two entries of the weight map use tensor '{tensor}'")
                     used.add(tensor)
-                steps.append(step)
-        for leaf in leaf_specs(config):
+                present = tuple(leaf for leaf in step.leaves if leaf in specs)
+                steps.append(dataclasses.replace(step, leaves=present or step.leaves))
+        for leaf in specs:
             if leaf not in filled:
                 raise ConfigError(f"no entry of the weight map fills leaf '{leaf}'")
+        if names and self.prefix and not any(name.startswith(self.prefix) for name in names):
+            bare = [tuple(tensor.removeprefix(self.prefix) for tensor in step.tensors) for step in steps]
+            return [dataclasses.replace(step, tensors=tensors) for step, tensors in zip(steps, bare, strict=True)]
         return steps
+
+    def _step(self, entry: Entry, leaves, tensors, layer: int, config: ModelConfig) -> Step:
+        experts = config.experts.count if config.experts else 0
+        tensors = _of_experts(_at_layer(tensors, layer), experts)
+        return Step(_at_layer(leaves, layer), tensors, entry.op, entry.redundant)
+
+    def _spelled(self, config: ModelConfig, names: set[str] | None) -> Iterator[Entry]:
+        """The entries, of several spellings the one whose tensors are there."""
+        for entry in self.entries:
+            if isinstance(entry, Entry):
+                yield entry
+            elif entry.choose is not None:
+                yield from entry.spellings[entry.choose(config)]
+            else:
+                fitting = [spelling for spelling in entry.spellings if self._has_leaf(spelling, config)]
+                fitting = fitting or entry.spellings
+                found = [spelling for spelling in fitting if self._is_there(spelling, config, names or set())]
+                yield from (found or fitting)[0]
+
+    def _has_leaf(self, spelling: tuple[Entry, ...], config: ModelConfig) -> bool:
+        """Whether the config has the leaf of a spelling's first entry, in any layer."""
+        leaves = spelling[0].leaves
+        leaf = leaves if isinstance(leaves, str) else leaves[0]
+        return any(leaf.replace("{i}", str(i)) in leaf_specs(config) for i in range(config.num_layers))
+
+    def _is_there(self, spelling: tuple[Entry, ...], config: ModelConfig, names: set[str]) -> bool:
+        """Whether any tensor of a spelling's first entry is there, in any layer."""
+        tensors = spelling[0].tensors
+        tensor = (tensors if isinstance(tensors, str) else tensors[0]).replace("{e}", "0")
+        wanted = {tensor.replace("{i}", str(i)) for i in range(config.num_layers)}
+        return bool(names & (wanted | {name.removeprefix(self.prefix) for name in wanted}))
 
     def fit(self, config: ModelConfig, shapes: Mapping[str, Shape], origin: str) -> list[Step]:
         """The steps that fill a model of `config` from tensors of these shapes.
@@ -237,7 +221,7 @@ class WeightMap:
           CheckpointError: names the first tensor that is missing, of a wrong shape, or neither used nor ignored, with
             its leaf, and counts the others.
         """
-        steps = self.steps(config)
+        steps = self.steps(config, shapes)
         problems = list(self._misfits(steps, config, shapes))
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -264,7 +248,7 @@ class WeightMap:
                         f"tensor '{tensor}' has shape {list(shapes[tensor])}, but leaf '{leaf}' of this config "
                         f"needs {list(expected)}"
                     )
-        ignored = [re.compile(pattern) for pattern in self.ignored]
+        ignored = [re.compile(rf"({re.escape(self.prefix)})?({pattern})") for pattern in self.ignored]
         for tensor in sorted(unused):
             if not any(pattern.fullmatch(tensor) for pattern in ignored):
                 yield f"tensor '{tensor}' {list(shapes[tensor])} has no place in a {config.model_type} of this config"
@@ -292,7 +276,9 @@ def read_leaves(steps: list[Step], config: ModelConfig, source: TensorSource) ->
 
 
 def _read_step(step: Step, config: ModelConfig, source: TensorSource) -> Iterator[tuple[str, Leaf]]:
-    leaves = step.op.to_leaves([source.read(name) for name in step.tensors], config)
+    specs = leaf_specs(config)
+    leaf_shapes = [specs[leaf].shape for leaf in step.leaves]
+    leaves = step.op.to_leaves([source.read(name) for name in step.tensors], config, leaf_shapes)
     yield from zip(step.leaves, leaves, strict=True)
 
 
@@ -304,23 +290,24 @@ class Policy:
       name: of the policy, for messages.
       model_types: values of `model_type` in config.json that it serves.
       weights: the map between leaves and the tensors of a Hugging Face checkpoint.
-      config_from_hf: the parsed config.json as a `ModelConfig`; every field has been checked before.
-      config_to_hf: its inverse; raises `ConfigError` for what the family can not express.
-      fields: names that `config_from_hf` consumes.
-      harmless: further names that do not change what the model computes.
-      fixed: further names that must hold the given value.
-      traits: fields of `ModelConfig` that make a config one of this family, for checking the map when it is registered.
+      config: what turns fields of config.json into those of `ModelConfig` and back, in this order.
+      architecture: transformers' model class, as config.json names it.
+      traits: fields of `ModelConfig` that are the same in every model of the family.
+      harmless: names of further fields of config.json that do not change what the model computes.
+      fixed: further fields that must hold the given value.
+      example: fields of `ModelConfig` that some model of the family has, for checking the map when it is registered;
+        `{"experts.count": 4}` for one with experts.
     """
 
     name: str
     model_types: tuple[str, ...]
     weights: WeightMap
-    config_from_hf: Callable[[dict[str, Any]], ModelConfig]
-    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    fields: frozenset[str]
+    config: tuple[Codec, ...]
+    architecture: str
+    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read_config(self, raw: dict[str, Any]) -> ModelConfig:
         """Configuration from a parsed config.json.
@@ -334,9 +321,10 @@ class Policy:
                 f"quantization_config.quant_method={method}: pre-quantized Hugging Face checkpoints are not read yet; "
                 "load the unquantized checkpoint or a GGUF file"
             )
+        fields = frozenset().union(*(codec.fields for codec in self.config))
         fixed = {**FIXED_FIELDS, **self.fixed}
         for name, value in raw.items():
-            if value is None or name in self.fields or name in self.harmless or name in HARMLESS_FIELDS:
+            if value is None or name in fields or name in self.harmless or name in HARMLESS_FIELDS:
                 continue
             if name not in fixed:
                 raise ConfigError(
@@ -345,15 +333,41 @@ class Policy:
                 )
             if value != fixed[name]:
                 raise ConfigError(f"config field {name}={value!r} is not supported; only {fixed[name]!r} is")
-        return self.config_from_hf(raw)
+        known = dict(self.traits)
+        for codec in self.config:
+            known |= codec.read(raw, known)
+        return model_config(known)
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """The fields of a config.json that reads as this configuration.
+
+        Raises:
+          ConfigError: names what this family's config.json can not express.
+        """
+        raw: dict[str, Any] = {"architectures": [self.architecture]}
+        for codec in self.config:
+            raw |= codec.write(config)
+        try:
+            back = self.read_config(raw)
+        except ConfigError as error:
+            raise ConfigError(f"this configuration has no spelling in a {self.name} config.json: {error}") from error
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            is_absent = field.name in self.weights.optional and value == field.default
+            if value != getattr(back, field.name) and not is_absent:
+                raise ConfigError(f"{field.name}={value!r} has no spelling in a {self.name} config.json")
+        return raw
 
 
-def write_tensors(params: Params, policy: Policy) -> Iterator[tuple[str, Leaf]]:
+def write_tensors(
+    params: Params, policy: Policy, convert: Callable[[Any], Leaf] = lambda leaf: leaf
+) -> Iterator[tuple[str, Leaf]]:
     """Checkpoint tensors of a parameter tree as `(name, array)`: the reverse of loading.
 
     Args:
       params: a tree as loaded, not fused; quantized leaves come out as they are.
       policy: the family to write as.
+      convert: what is done to each leaf first.
 
     Raises:
       ParameterError: the tree does not fit its config, or was fused by `prepare`.
@@ -367,5 +381,5 @@ def write_tensors(params: Params, policy: Policy) -> Iterator[tuple[str, Leaf]]:
     leaves = flatten(params)
     for step in policy.weights.steps(params.config):
         if step.leaves[0] in leaves:
-            tensors = step.op.to_tensors([leaves[leaf] for leaf in step.leaves], params.config)
+            tensors = step.op.to_tensors([convert(leaves[leaf]) for leaf in step.leaves], params.config)
             yield from zip(step.tensors, tensors, strict=True)

@@ -1,30 +1,27 @@
 """Which policy serves which `model_type`."""
 
-import dataclasses
+import importlib
+import pkgutil
 
-from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
+from policies import families
 from policies.base import Policy
-from policies.llama import LLAMA
-from policies.mistral import MISTRAL
-from policies.mixtral import MIXTRAL
-from policies.qwen2 import QWEN2
-from policies.qwen3 import QWEN3
+from policies.fields import model_config
 
 _POLICIES: dict[str, Policy] = {}
 
 # The smallest model there is: enough to find a weight map that contradicts itself when it is registered.
-_SMALLEST = ModelConfig(
-    model_type="smallest",
-    vocab_size=1,
-    hidden_size=2,
-    intermediate_size=1,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=2,
-    max_context=1,
-)
+_SMALLEST = {
+    "model_type": "smallest",
+    "vocab_size": 1,
+    "hidden_size": 2,
+    "intermediate_size": 1,
+    "num_layers": 1,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_dim": 2,
+    "max_context": 1,
+}
 
 
 def register(policy: Policy) -> None:
@@ -36,7 +33,7 @@ def register(policy: Policy) -> None:
     Raises:
       ConfigError: another policy serves one of its model types, or its weight map contradicts itself.
     """
-    policy.weights.steps(dataclasses.replace(_SMALLEST, **policy.traits))
+    policy.weights.steps(model_config({**_SMALLEST, **policy.traits, **policy.example}))
     for model_type in policy.model_types:
         holder = _POLICIES.get(model_type)
         if holder is not None and holder.name != policy.name:
@@ -62,5 +59,7 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted(_POLICIES))
 
 
-for _policy in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3):
-    register(_policy)
+for _module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+    for _value in vars(importlib.import_module(_module.name)).values():
+        if isinstance(_value, Policy):
+            register(_value)

@@ -14,7 +14,7 @@ import pytest
 
 from bench import gpu_suite, kernels, numerics, problems, timing, tune
 from pallas_kernels import dispatch
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.few_row_matmul import few_row_matmul
 from pallas_kernels.few_row_matmul.shapes import Product
 from pallas_kernels.launches import read_schedule
@@ -166,7 +166,7 @@ def test_each_call_of_a_chain_is_a_launch_of_its_own(gpu_compiler, tmp_path):
     x, weights = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16), [jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)] * 2
     ops = {
         "few_row_matmul": (lambda x, _, w: few_row_matmul(x, w, partial=True, implementation="triton"), timing.touch),
-        "norm": (lambda x, _, w: add_rms_norm(x, None, w[0], eps=1e-5, implementation="xla")[1], timing.replace),
+        "norm": (lambda x, _, w: add_norm(x, None, w[0], eps=1e-5, implementation="xla")[1], timing.replace),
     }
     for name, (op, follow) in ops.items():
         program = timing.chain(op, 6, follow)

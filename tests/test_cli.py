@@ -57,7 +57,7 @@ def model(params, tmp_path_factory):
     """A folder as Hugging Face has it: a llama of random weights that speaks bytes, with a chat template."""
     folder = tmp_path_factory.mktemp("tiny")
     policy = registry.get("llama")
-    (folder / "config.json").write_text(json.dumps(policy.config_to_hf(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(policy.write_config(CONFIG)))
     save_file({name: np.asarray(leaf) for name, leaf in write_tensors(params, policy)}, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dsjax
+from dsjax.config import Experts
 from dsjax.errors import ConfigError
 from dsjax.params import flatten, logical_axes, unflatten, validate
 from dsjax.quantization import SCHEMES, QuantizedArray
@@ -17,7 +18,7 @@ from dsjax.sharding import named_sharding
 
 @pytest.fixture(scope="module")
 def params(tiny_config) -> dsjax.Params:
-    config = dataclasses.replace(tiny_config, qk_norm=True, num_experts=5, experts_per_token=2, num_layers=1)
+    config = dataclasses.replace(tiny_config, qk_norm="head", experts=Experts(5, 2, 48), num_layers=1)
     params = dsjax.init(config, jax.random.key(0))
     scales = params["layers"]["0"]["attention"]
     for i, name in enumerate(("q_norm", "k_norm")):
@@ -36,6 +37,14 @@ def test_prepare_joins_the_experts_matrices(params):
     assert set(axes) == set(flatten(fused))
     tokens = np.arange(20, dtype=np.int32)[None]
     np.testing.assert_allclose(dsjax.logits(fused, tokens), dsjax.logits(params, tokens), atol=1e-4)
+
+
+def test_what_experts_are_chosen_by_is_not_rounded(tiny_config):
+    """DeepSeek-V3's corrections differ by less than bfloat16 tells apart."""
+    config = dataclasses.replace(tiny_config, experts=Experts(5, 2, 48, correction=True))
+    half = dsjax.prepare(dsjax.init(config, jax.random.key(0)), dtype=jnp.bfloat16)
+    router = half["layers"]["1"]["mlp"]["router"]
+    assert router["correction"].dtype == jnp.float32 and router["weight"].dtype == jnp.bfloat16
 
 
 def test_quantized_experts_are_joined_as_they_are(params, rng):
@@ -111,13 +120,23 @@ def test_gradient_equals_transformers(tmp_path, rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 4}, "experts_per_token=0 does not fit num_experts=4; give 1 to num_experts"),
-        ({"experts_per_token": 2}, "experts_per_token=2 does not fit num_experts=0"),
-        ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token=3 does not fit num_experts=2"),
-        ({"num_experts": -1, "experts_per_token": -1}, "num_experts=-1"),
-        ({"num_experts": 2, "experts_per_token": 1, "mlp_bias": True}, "mlp_bias is not supported for experts"),
+        ({"per_token": 0}, "experts.per_token=0 must be from 1 to experts.count=4"),
+        ({"per_token": 5}, "experts.per_token=5 must be from 1 to experts.count=4"),
+        ({"count": -1}, "experts.per_token=2 must be from 1 to experts.count=-1"),
+        ({"size": 0}, "experts of width 0"),
+        ({"shared_size": -1}, "shared -1: widths must be positive"),
+        ({"groups": 3}, "experts.groups=3 must divide experts.count=4"),
+        ({"groups": 2, "groups_per_token": 3}, "experts.groups_per_token=3 must be from 1 to that"),
+        ({"groups": 4, "groups_per_token": 1}, "1 of 4 groups hold fewer than 2 experts"),
+        ({"groups": 4, "groups_per_token": 2, "group_score": "top2"}, "'top2' needs groups of two experts"),
+        ({"score": "sparsemixer", "per_token": 1}, "'sparsemixer' chooses 2 experts, not 1"),
     ],
 )
-def test_configs_that_contradict_themselves(tiny_config, changes, message):
+def test_experts_that_contradict_themselves(changes, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(tiny_config, **changes)
+        Experts(**{"count": 4, "per_token": 2, "size": 8} | changes)
+
+
+def test_experts_of_another_number_of_layers(tiny_config):
+    with pytest.raises(ConfigError, match="experts.layers names 3 layers, the model has 2"):
+        dataclasses.replace(tiny_config, experts=Experts(4, 2, 8, layers=(True, False, True)))

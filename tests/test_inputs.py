@@ -100,7 +100,7 @@ def test_config_refuses_what_makes_no_model():
     dsjax.ModelConfig(**good)
     for change, message in (
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
-        ({"head_dim": 5}, "head_dim=5 is odd"),
+        ({"head_dim": 5}, "5 of head_dim=5 are rotated"),
         ({"num_layers": 0}, "num_layers must be at least 1"),
         ({"windows": (3,)}, "windows names 1 layers"),
         ({"windows": (3, 0)}, "at least 1 token"),

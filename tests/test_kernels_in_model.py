@@ -19,7 +19,7 @@ def on_both(params, **options):
     ]
 
 
-@pytest.mark.parametrize("features", [{}, {"qk_norm": True, "windows": (20, None)}], ids=["plain", "norms, window"])
+@pytest.mark.parametrize("features", [{}, {"qk_norm": "head", "windows": (20, None)}], ids=["plain", "norms, window"])
 def test_triton_generates_what_xla_does(features, tiny_config):
     """Mixed and decode steps of a fused tree; samples share the pages of their prompt, which attention reads once."""
     config = dataclasses.replace(tiny_config, **features)

@@ -1,15 +1,32 @@
-"""Attention of the decoder: the projections, and what dense batches do with them."""
+"""Attention: the projections, and what dense and ragged batches do with them."""
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from dsjax.config import ModelConfig
+from dsjax.config import Layer, ModelConfig
 from dsjax.layers.linear import linear
-from dsjax.layers.norm import rms_norm
+from dsjax.layers.norm import norm
 from dsjax.layers.rope import Phases, rotate
+from dsjax.ragged.batch import RaggedBatch
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention
+from pallas_kernels.rotary_page_write import rotary_page_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """What all layers of a ragged pass share; `max_q_len` and the backends are static."""
+
+    batch: RaggedBatch
+    page: jax.Array  # int32[T], page that each token is written to; P for padding
+    offset: jax.Array  # int32[T], its place there
+    max_q_len: int | None
+    kernels: str | None  # backend of all kernels but attention
+    attention: str | None  # backend of attention
 
 
 def project_qkv(
@@ -20,18 +37,101 @@ def project_qkv(
     Of a few rows the kernel gives partial sums in float32, along a first axis more.
     """
     if "qkv" in module:
-        heads = linear(x, module["qkv"], implementation, partial=True)
+        heads = linear(x, module["qkv"], implementation, partial=config.clip_qkv is None)
     else:
         heads = jnp.concatenate([linear(x, module[name], implementation) for name in "qkv"], axis=-1)
+    if config.clip_qkv is not None:
+        heads = jnp.clip(heads, -config.clip_qkv, config.clip_qkv)
     return heads.reshape(*heads.shape[:-1], -1, config.head_dim)
 
 
+def _split(qkv: jax.Array, config: ModelConfig) -> list[jax.Array]:
+    return jnp.split(qkv, (config.num_heads, config.num_heads + config.num_kv_heads), axis=-2)
+
+
+def _normed(heads: Float[Array, "*batch N H"], module: dict[str, Any], config: ModelConfig):
+    if config.qk_norm != "whole":
+        return norm(heads, module, config)
+    flat = heads.reshape(*heads.shape[:-2], -1)
+    return norm(flat, module, config).reshape(heads.shape)
+
+
+def _options(module: dict[str, Any], config: ModelConfig, layer: Layer) -> dict[str, Any]:
+    """What dense and paged attention take alike."""
+    slopes = jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None
+    return {
+        "scale": layer.scale,
+        "window": layer.window,
+        "soft_cap": config.attention_soft_cap,
+        "alibi_slopes": slopes,
+        "sinks": module["sinks"].astype(jnp.float32) if config.sinks else None,
+    }
+
+
 def attend_dense(
-    qkv: Float[Array, "B L N2K H"], module: dict[str, Any], config: ModelConfig, angle: Phases, window: int | None
+    x: Float[Array, "B L D"],
+    module: dict[str, Any],
+    config: ModelConfig,
+    layer: Layer,
+    angle: Phases | None,
+    lengths: Int32[Array, "B"] | None,
 ) -> Float[Array, "B L N H"]:
-    """Causal attention within each row; differentiable."""
-    q, k, v = jnp.split(qkv, (config.num_heads, config.num_heads + config.num_kv_heads), axis=-2)
+    """Attention within each row; differentiable."""
+    q, k, v = _split(project_qkv(x, module, config, "xla"), config)
     if config.qk_norm:
-        q = rms_norm(q, module["q_norm"]["scale"], config.norm_eps)
-        k = rms_norm(k, module["k_norm"]["scale"], config.norm_eps)
-    return dense_attention(rotate(q, angle), rotate(k, angle), v, window=window)
+        q, k = _normed(q, module["q_norm"], config), _normed(k, module["k_norm"], config)
+    if angle is not None:
+        q, k = (rotate(heads, angle, config.rotary_interleaved) for heads in (q, k))
+    return dense_attention(q, k, v, lengths=lengths, causal=config.causal, **_options(module, config, layer))
+
+
+def attend_ragged(
+    x: Float[Array, "T D"],
+    module: dict[str, Any],
+    config: ModelConfig,
+    layer: Layer,
+    angle: Phases | None,
+    pages: tuple[jax.Array, jax.Array],
+    ragged: Ragged,
+) -> tuple[Float[Array, "T N H"], tuple[jax.Array, jax.Array]]:
+    """Attention over a layer's pages of keys and values, after this batch's have been written to them.
+
+    Returns:
+      The heads' outputs, and the pages.
+    """
+    keys, values = pages
+    qkv = project_qkv(x, module, config, ragged.kernels)
+    cos, sin = (None, None) if angle is None else angle
+    norms = {}
+    if config.qk_norm == "head" and config.norm == "rms":
+        norms = {name: module[name]["scale"] for name in ("q_norm", "k_norm")}
+    elif config.qk_norm:
+        q, k, v = _split(qkv.sum(axis=0).astype(x.dtype) if qkv.ndim == 4 else qkv, config)
+        qkv = jnp.concatenate([_normed(q, module["q_norm"], config), _normed(k, module["k_norm"], config), v], axis=-2)
+    q, keys, values, _, _ = rotary_page_write(
+        qkv,
+        keys,
+        values,
+        ragged.page,
+        ragged.offset,
+        cos=cos,
+        sin=sin,
+        interleaved=config.rotary_interleaved,
+        q_dtype=x.dtype,
+        **norms,
+        norm_eps=config.norm_eps,
+        norm_offset=config.norm_offset,
+        implementation=ragged.kernels,
+    )
+    out = attend_pages(q.astype(keys.dtype), keys, values, _options(module, config, layer), ragged)
+    return out.astype(x.dtype), (keys, values)
+
+
+def attend_pages(q, keys, values, options: dict[str, Any], ragged: Ragged) -> Float[Array, "T N H"]:
+    """Paged attention of this batch, with a prefix that sequences share read once where that pays."""
+    batch = ragged.batch
+    arrays = q, keys, values, batch.page_table, batch.cu_q_lens, batch.kv_lens
+    options = options | {"max_q_len": ragged.max_q_len, "implementation": ragged.attention}
+    if batch.shared is not None and options["window"] is None:
+        return cascade_attention(*arrays, batch.shared, **options)
+    return ragged_paged_attention(*arrays, **options)

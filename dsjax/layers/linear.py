@@ -1,4 +1,4 @@
-"""Linear layers and the embedding, over plain and quantized leaves alike."""
+"""Linear layers, the embedding and the head, over plain and quantized leaves alike."""
 
 import math
 from typing import Any
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.config import ModelConfig
+from dsjax.layers.norm import norm
 from dsjax.quantization import QuantizedArray
 from pallas_kernels.dispatch import current_gpu, prefers_kernels
 from pallas_kernels.few_row_matmul import ACTIVATIONS, MAX_ROWS, few_row_matmul
@@ -16,6 +18,11 @@ Weight = jax.Array | QuantizedArray
 # XLA:CPU streams the large operand best from the left, where the other has few rows: at 8 rows in 0.65 of the time, at
 # 64 in 0.86; at 512 the other way round is faster.
 FEW_ROWS = 128
+
+
+def dense_weight(weight: Weight, dtype: Any) -> jax.Array:
+    """A weight as a plain array."""
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedArray) else weight.astype(dtype)
 
 
 def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -> Float[Array, "*batch out"]:
@@ -30,7 +37,7 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
       `x @ weight.T`.
     """
     dtype = dtype or x.dtype
-    dense = weight.dequantize(x.dtype) if isinstance(weight, QuantizedArray) else weight.astype(x.dtype)
+    dense = dense_weight(weight, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
 
     def rows_first(rows, dense):
@@ -84,12 +91,49 @@ def linear(
     return ACTIVATIONS[activation](gate) * up
 
 
-def embed(tokens: Int[Array, "*batch"], table: Weight) -> Float[Array, "*batch D"]:
-    """Rows of the embedding table for token ids; only those rows are dequantized."""
-    rows = table[tokens]
+def rows_of(table: Weight, index: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Rows of a table; only those are dequantized."""
+    rows = table[index]
     return rows.dequantize() if isinstance(rows, QuantizedArray) else rows
 
 
-def head(x: Float[Array, "*batch D"], params: dict[str, Any]) -> Float[Array, "*batch V"]:
+def embed(
+    tokens: Int[Array, "*batch"],
+    positions: Int[Array, "*rows"],
+    params: dict[str, Any],
+    config: ModelConfig,
+    token_types: Int[Array, "*#batch"] | None = None,
+) -> Float[Array, "*batch D"]:
+    """What enters the first layer: the tokens' embeddings, and what the model adds and does to them.
+
+    Args:
+      tokens: token ids.
+      positions: places in their sequences.
+      params: the model's tree.
+      config: the architecture.
+      token_types: segment of each token, default the first, in models that tell segments apart.
+    """
+    x = rows_of(params["embed"]["weight"], tokens)
+    if config.embed_scale != 1.0:
+        x *= jnp.asarray(config.embed_scale, x.dtype)
+    if config.embed_size is not None:
+        x = linear(x, params["embed_in"])
+    if config.learned_positions:
+        x += rows_of(params["positions"]["weight"], positions + config.position_offset)
+    if config.token_types:
+        x += rows_of(params["token_types"]["weight"], jnp.zeros(1, jnp.int32) if token_types is None else token_types)
+    return norm(x, params["embed_norm"], config) if config.embed_norm else x
+
+
+def head(x: Float[Array, "*batch D"], params: dict[str, Any], config: ModelConfig) -> Float[Array, "*batch V"]:
     """Logits in float32, from the tied embedding when the tree has no head."""
-    return matmul(x, params["head" if "head" in params else "embed"]["weight"], jnp.float32)
+    if config.embed_size is not None:
+        x = linear(x, params["embed_out"])
+    logits = matmul(x, params["embed" if config.tie_embeddings else "head"]["weight"], jnp.float32)
+    if config.head_bias:
+        logits += params["head"]["bias"].astype(jnp.float32)
+    if config.logit_scale != 1.0:
+        logits *= config.logit_scale
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return logits

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.config import Experts, ModelConfig
 from dsjax.layers.linear import matmul
 from dsjax.layers.mlp import mlp
 
@@ -26,42 +26,97 @@ def moe(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig
 
     Args:
       x: activations.
-      module: `router.weight [E, D]`, and `experts`: the leaves of `mlp`, each with an axis `E` in front.
+      module: `router`, `experts`: the leaves of `mlp`, each with an axis `E` in front; and where the model has a
+        network that all tokens pass, `shared` and what mixes it in.
       config: the architecture.
 
     Returns:
       The sum, in the dtype of `x`.
     """
+    experts = config.experts
+    assert experts is not None
     tokens = x.reshape(-1, x.shape[-1])
-    weights, chosen = route(tokens, module["router"]["weight"], config)
+    weights, chosen = route(tokens, module["router"], experts)
     arguments = tokens, weights, chosen, module["experts"]
     grouped = functools.partial(_grouped, config=config)
     if tokens.shape[0] <= FEW_TOKENS:
         out = lax.platform_dependent(*arguments, cpu=grouped, default=functools.partial(_every_expert, config=config))
     else:
         out = grouped(*arguments)
+    if experts.shared_size:
+        out = _with_shared(out, tokens, module, config, experts.shared_mix)
     return out.astype(x.dtype).reshape(x.shape)
 
 
-def route(x: Float[Array, "T D"], weight: Any, config: ModelConfig) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+def _with_shared(out: Float[Array, "T D"], tokens, module, config: ModelConfig, mix: str) -> Float[Array, "T D"]:
+    """The experts' sum and the shared network's output, mixed; float32."""
+    shared = mlp(tokens, module["shared"], config).astype(jnp.float32)
+    if mix == "sum":
+        return out + shared
+    logits = matmul(tokens, module["shared_gate"]["weight"], jnp.float32)
+    if "bias" in module["shared_gate"]:
+        logits += module["shared_gate"]["bias"].astype(jnp.float32)
+    if mix == "gate":
+        return out + jax.nn.sigmoid(logits) * shared
+    share = jax.nn.softmax(logits, axis=-1)
+    return share[:, :1] * out + share[:, 1:] * shared
+
+
+def route(
+    x: Float[Array, "T D"], module: dict[str, Any], experts: Experts
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
     """Weights in float32 and numbers of each token's experts; of equally likely ones, the lower number comes first.
 
     Args:
       x: activations.
-      weight: the router's, `[E, D]`, plain or quantized.
-      config: how many experts to choose, and whether their weights are renormalized.
+      module: the router's `weight [E, D]`, plain or quantized, and, where it has them, `bias [E]`, `correction [E]`.
+      experts: how to choose.
     """
-    probabilities = jax.nn.softmax(matmul(x, weight, jnp.float32), axis=-1)
-    weights, chosen = lax.top_k(probabilities, config.experts_per_token)
-    if config.renormalize_experts:
+    logits = matmul(x, module["weight"], jnp.float32)
+    if experts.router_bias:
+        logits += module["bias"].astype(jnp.float32)
+    if experts.score == "sparsemixer":
+        return _sparsemixer(logits, experts.jitter)
+    scores = jax.nn.sigmoid(logits) if experts.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    preference = scores + module["correction"].astype(jnp.float32) if experts.correction else scores
+    if experts.groups > 1:
+        preference = _within_groups(preference, experts)
+    chosen = lax.top_k(preference, experts.per_token)[1]
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if experts.renormalize:
         weights /= weights.sum(axis=-1, keepdims=True)
-    return weights, chosen
+    return weights * experts.scale, chosen
+
+
+def _within_groups(preference: Float[Array, "T E"], experts: Experts) -> Float[Array, "T E"]:
+    """Minus infinity for experts outside of each token's best groups."""
+    grouped = preference.reshape(preference.shape[0], experts.groups, -1)
+    best = lax.top_k(grouped, 1 if experts.group_score == "max" else 2)[0].sum(axis=-1)
+    groups = lax.top_k(best, experts.groups_per_token)[1]
+    allowed = jax.nn.one_hot(groups, experts.groups, dtype=bool).any(axis=1)
+    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(preference.shape)
+
+
+def _sparsemixer(logits: Float[Array, "T E"], jitter: float) -> tuple[Float[Array, "T 2"], Int[Array, "T 2"]]:
+    """Two experts one after the other, each weighted within those about as good (arXiv 2409.12136, at inference)."""
+    weights, chosen, left = [], [], logits
+    for _ in range(2):
+        best = left.max(axis=-1, keepdims=True)
+        distance = (best - logits) / jnp.maximum(jnp.abs(logits), best)
+        share = jax.nn.softmax(jnp.where(distance > 2 * jitter, -jnp.inf, left), axis=-1)
+        index = jnp.argmax(left, axis=-1)[:, None]
+        weights.append(jnp.take_along_axis(share, index, axis=-1))
+        chosen.append(index)
+        left = jnp.where(jnp.arange(logits.shape[-1]) == index, -jnp.inf, left)
+    return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)
 
 
 def _every_expert(tokens, weights, chosen, experts, config: ModelConfig):
     """All experts for all tokens, then those chosen: each weight is read once."""
     outputs = jax.vmap(mlp, in_axes=(None, 0, None))(tokens, experts, config).astype(jnp.float32)
-    share = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * weights[..., None], axis=1).T[..., None]
+    share = jnp.sum(jax.nn.one_hot(chosen, experts["down"]["weight"].shape[0]) * weights[..., None], axis=1).T[
+        ..., None
+    ]
     # Not zero times the output: an expert may overflow on a token that it was not meant for.
     return jnp.sum(jnp.where(share > 0, share * outputs, 0), axis=0)
 
@@ -74,7 +129,7 @@ def _grouped(tokens, weights, chosen, experts, config: ModelConfig):
         expert   0      1      2      2
         tokens   0 1    2 -    0 1    2 -
     """
-    choices, num_experts = chosen.shape[1], config.num_experts
+    choices, num_experts = chosen.shape[1], experts["down"]["weight"].shape[0]
     pairs = chosen.size
     size = min(1 << max(pairs // num_experts, 1).bit_length() - 1, LARGEST_BLOCK)
     busy = min(pairs, num_experts)

@@ -23,4 +23,5 @@ class RaggedBatch:
     kv_lens: jax.Array  # int32[S], keys of each slot once this batch is written
     page_table: jax.Array  # int32[S, M]
     logit_rows: jax.Array  # int32[R], rows of the batch whose logits are wanted
+    final_lens: jax.Array | None = None  # int32[S], how long each sequence may become
     shared: SharedPrefix | None = None  # which slots begin with the same pages, if attention is to use it

@@ -16,7 +16,8 @@ from dsjax.config import ModelConfig
 class KVPages:
     """The pool: a pair of buffers a layer, so that each is updated in place on its own.
 
-    One page of one head is contiguous, which is the tile that attention reads.
+    One page of one head is contiguous, which is the tile that attention reads. With latent attention the keys are one
+    compressed vector a token, `[P, 1, p, kv_rank + rope_size]`, and there are no values.
     """
 
     keys: tuple[jax.Array, ...]  # L times [P, K, p, H]
@@ -25,8 +26,21 @@ class KVPages:
     @classmethod
     def zeros(cls, config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> "KVPages":
         """An empty pool."""
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-        return cls(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2)))
+        latent = config.latent
+        heads = (config.num_kv_heads, config.head_dim) if latent is None else (1, latent.kv_rank + latent.rope_size)
+        shape = (num_pages, heads[0], page_size, heads[1])
+        layers = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        return cls(layers, () if latent is not None else tuple(jnp.zeros(shape, dtype) for _ in layers))
+
+    def layers(self) -> list[tuple[jax.Array, ...]]:
+        """The buffers of each layer."""
+        return list(zip(*(buffers for buffers in (self.keys, self.values) if buffers), strict=True))
+
+    @classmethod
+    def of_layers(cls, layers: list[tuple[jax.Array, ...]]) -> "KVPages":
+        """The pool that these buffers make: the reverse of `layers`."""
+        keys, *values = zip(*layers, strict=True)
+        return cls(keys, values[0] if values else ())
 
     @property
     def num_pages(self) -> int:

@@ -180,6 +180,7 @@ def plan(
         kv_lens=kv_lens,
         page_table=table.table,
         logit_rows=jnp.maximum(cu_q_lens[1:] - 1, 0),
+        final_lens=(queue.lengths[queue.prompt] + queue.limits).at[sequence].get(mode="clip"),
         shared=shared_prefixes(table.table, cu_q_lens, kv_lens, state.pages.page_size) if shares else None,
     )
     counters = state.counters

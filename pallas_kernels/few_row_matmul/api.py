@@ -30,8 +30,9 @@ def few_row_matmul(
       x: rows; float32, bfloat16 or float16.
       weight: `[O, D]`, used in the dtype of `x`.
       bias: added to the product.
-      activation: `"silu"`, `"gelu"` (with erf), `"gelu_tanh"` or `"relu"`: the weight holds the rows of the gate and
-        then those of the up projection, half each, and the result is `activation(gate) * up` (arXiv 2002.05202).
+      activation: `"silu"`, `"gelu"` (with erf), `"gelu_tanh"`, `"quick_gelu"` (`x * sigmoid(1.702 * x)`), `"relu"` or
+        `"relu2"` (its square): the weight holds the rows of the gate and then those of the up projection, half each,
+        and the result is `activation(gate) * up` (arXiv 2002.05202).
       partial: give float32 sums over parts of `D`, for a consumer that reads and adds anyway; without activation and
         bias. On a GPU there are as many parts as it takes to give every multiprocessor work.
       implementation: `"triton"` (at most 64 rows), `"xla"` or `"reference"`; `None` for the best that the platform has.

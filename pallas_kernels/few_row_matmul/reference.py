@@ -5,12 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Gated feed-forward layers (arXiv 2002.05202) are named by the function on the gate; "gelu" is the one with erf.
+# Gated feed-forward layers (arXiv 2002.05202) are named by the function on the gate; "gelu" is the one with erf,
+# "quick_gelu" its approximation by a logistic function (arXiv 1606.08415), "relu2" the square of "relu" (arXiv
+# 2109.08668).
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 

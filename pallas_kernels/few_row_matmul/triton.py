@@ -210,5 +210,7 @@ ACTIVATIONS = {
     "silu": lambda x: x * _logistic(x),
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * _logistic(1.702 * x),
     "relu": lambda x: jnp.maximum(x, 0),
+    "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),
 }

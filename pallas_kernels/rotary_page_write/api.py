@@ -37,6 +37,7 @@ def rotary_page_write(
     q_norm: Float[Array, "H"] | None = None,
     k_norm: Float[Array, "H"] | None = None,
     norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
     key_scales: Float32[Array, "P K p"] | None = None,
     value_scales: Float32[Array, "P K p"] | None = None,
     q_dtype: DTypeLike | None = None,
@@ -57,9 +58,10 @@ def rotary_page_write(
       cos: cosine of each pair's angle; `None` for no rotary. Where `2 * R2 < H`, the last dimensions pass unchanged.
       sin: its sine.
       interleaved: rotate the pairs `(2i, 2i + 1)` (GPT-J) and not `(i, i + R2)` (GPT-NeoX, Llama).
-      q_norm: scale of an RMS norm of each query head before the rotation (Qwen3; Gemma3 with one added), or `None`.
+      q_norm: scale of an RMS norm of each query head before the rotation (Qwen3, Gemma3), or `None`.
       k_norm: the same of each key head.
       norm_eps: added to the mean square.
+      norm_offset: added to both scales in float32 (Gemma3 stores them less one).
       key_scales: scales of quantized keys: a key is its codes times the scale of its page, head and offset. The scale
         is the largest absolute value over 127, or over the largest float8; codes are rounded half to even.
       value_scales: the same of values.
@@ -90,6 +92,7 @@ def rotary_page_write(
             q_norm=q_norm,
             k_norm=k_norm,
             norm_eps=norm_eps,
+            norm_offset=norm_offset,
             key_scales=key_scales,
             value_scales=value_scales,
             q_dtype=q_dtype,

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 TINY = float(jnp.finfo(jnp.float32).tiny)  # the scale of a row of zeros: nothing is ever divided by zero
 
 
-def normalize(x, weight, eps):
+def normalize(x, weight, eps, offset):
     """RMS norm of each head (arXiv 1910.07467), float32 in and out."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * (weight.astype(jnp.float32) + offset)
 
 
 def rotate(x, cos, sin, interleaved):
@@ -42,7 +42,7 @@ def quantize(x, dtype):
     return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scales
 
 
-def prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, q_dtype):
+def prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, norm_offset, q_dtype):
     """Queries in their dtype, keys and values in float32; all that is left is to write them."""
     qkv = qkv.astype(jnp.float32)
     if qkv.ndim == 4:
@@ -50,9 +50,9 @@ def prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, q_dt
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if q_norm is not None:
-        q = normalize(q, q_norm, norm_eps)
+        q = normalize(q, q_norm, norm_eps, norm_offset)
     if k_norm is not None:
-        k = normalize(k, k_norm, norm_eps)
+        k = normalize(k, k_norm, norm_eps, norm_offset)
     if cos is not None:
         q, k = (rotate(x, cos, sin, interleaved) for x in (q, k))
     return q.astype(q_dtype), k, v
@@ -71,12 +71,13 @@ def rotary_page_write(
     q_norm,
     k_norm,
     norm_eps,
+    norm_offset,
     key_scales,
     value_scales,
     q_dtype,
 ):
     """The oracle of every backend; see `api.rotary_page_write`. It copies the pool."""
-    q, k, v = prepare(qkv, key_pages.shape[1], cos, sin, interleaved, q_norm, k_norm, norm_eps, q_dtype)
+    q, k, v = prepare(qkv, key_pages.shape[1], cos, sin, interleaved, q_norm, k_norm, norm_eps, norm_offset, q_dtype)
     page = jnp.where(page < 0, key_pages.shape[0], page)  # a negative index would count from the end
 
     def write(pages, scales, rows):

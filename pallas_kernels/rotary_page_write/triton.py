@@ -57,6 +57,7 @@ def rotary_page_write(
     q_norm,
     k_norm,
     norm_eps,
+    norm_offset,
     key_scales,
     value_scales,
     q_dtype,
@@ -103,6 +104,7 @@ def rotary_page_write(
             tokens_per_block=tokens_per_block,
             interleaved=interleaved,
             norm_eps=norm_eps,
+            norm_offset=norm_offset,
         ),
         *inputs.values(),
         *pools.values(),
@@ -117,7 +119,7 @@ def rotary_page_write(
     return q, *(written.get(name) for name in ("key_pages", "value_pages", "key_scales", "value_scales"))
 
 
-def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, norm_eps):
+def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, norm_eps, norm_offset):
     refs = dict(zip(names, all_refs, strict=True))
     *parts, tokens, _, head_dim = refs["qkv"].shape
     num_pages, kv_heads, _, _ = refs["key_pages"].shape
@@ -155,7 +157,7 @@ def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, no
             mean = sum(jnp.sum(tile * tile, axis=1) for tile in tiles) / head_dim
             factor = jax.lax.rsqrt(mean + norm_eps)[:, None]
             tiles = [
-                tile * factor * load(weight, jnp.broadcast_to(cols, tile.shape), mask=mask)
+                tile * factor * (load(weight, jnp.broadcast_to(cols, tile.shape), mask=mask) + norm_offset)
                 for tile, (cols, mask) in zip(tiles, at, strict=True)
             ]
         if half:

@@ -18,13 +18,14 @@ def rotary_page_write(
     q_norm,
     k_norm,
     norm_eps,
+    norm_offset,
     key_scales,
     value_scales,
     q_dtype,
 ):
     """See `api.rotary_page_write`."""
     num_pages, kv_heads, page_size, _ = key_pages.shape
-    q, k, v = prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, q_dtype)
+    q, k, v = prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, norm_offset, q_dtype)
 
     # The pool seen as rows of H and scattered along the leading axis: XLA transposes the whole pool for any other.
     num_rows = num_pages * kv_heads * page_size

@@ -1,1 +1,1 @@
-"""Where checkpoints come from: Hugging Face folders, GGUF files, the hub."""
+"""Where checkpoints come from: folders and files of several formats, memory, the hub."""

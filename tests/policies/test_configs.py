@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import policies
-from dsjax.config import ModelConfig, RopeScaling
+from dsjax.config import Experts, ModelConfig, RopeScaling
 from dsjax.errors import ConfigError
 
 # config.json of real checkpoints, as published.
@@ -124,8 +124,8 @@ def test_qwen_3():
 
 def test_mixtral_8x7b():
     config = read(MIXTRAL_8X7B)
-    assert (config.num_experts, config.experts_per_token, config.intermediate_size) == (8, 2, 14336)
-    assert config.renormalize_experts and config.rope_theta == 1e6 and config.windows == ()
+    assert config.experts == Experts(count=8, per_token=2, size=14336) and config.intermediate_size == 14336
+    assert config.rope_theta == 1e6 and config.windows == ()
 
 
 def test_smollm2():
@@ -177,17 +177,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
             {"windows": (5, None, 5)},
         ),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None}, {"windows": ()}),
-        ("qwen3", {}, {"qk_norm": True}),
+        ("qwen3", {}, {"qk_norm": "head"}),
         (
             "qwen3",
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "attention_bias": True},
-            {"windows": (None, None, 5), "qk_norm": True, "attention_bias": True, "attention_out_bias": True},
+            {"windows": (None, None, 5), "qk_norm": "head", "attention_bias": True, "attention_out_bias": True},
         ),
-        ("mixtral", {}, {"num_experts": 4, "experts_per_token": 2, "rope_theta": 1e6}),
+        ("mixtral", {}, {"experts": Experts(4, 2, 8), "rope_theta": 1e6}),
         (
             "mixtral",
             {"sliding_window": 7, "rope_parameters": LINEAR},
-            {"num_experts": 4, "experts_per_token": 2, "windows": (7,) * 3, "rope_theta": 300.0}
+            {"experts": Experts(4, 2, 8), "windows": (7,) * 3, "rope_theta": 300.0}
             | {"rope_scaling": RopeScaling("linear", 2.0)},
         ),
     ],
@@ -203,7 +203,7 @@ def test_what_transformers_writes(tmp_path, family, fields, expected):
     cls(**base(family, **fields)).save_pretrained(tmp_path)
     config = read((tmp_path / "config.json").read_text())
     defaults = dict(num_kv_heads=2, head_dim=8, rope_theta=10000.0, rope_scaling=None, activation="silu", windows=())
-    defaults |= dict(qk_norm=False, num_experts=0, experts_per_token=0, renormalize_experts=True)
+    defaults |= dict(qk_norm=None, experts=None)
     defaults |= dict(attention_bias=family == "qwen2", attention_out_bias=False, mlp_bias=False, tie_embeddings=False)
     for name, value in (defaults | expected).items():
         assert getattr(config, name) == value, name
@@ -238,22 +238,23 @@ def test_a_window_is_what_transformers_masks(config_class, more):
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling\.type=yarn is not supported"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_parameters\.rope_type=longrope"),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, r"rope_scaling\.type=ntk is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor is missing"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1] * 4}}, "has 1 factors"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 3}}, r"rope_scaling\.beta_fast=3"),
         ({"rope_scaling": {"type": "default", "factor": 2}}, r"rope_scaling\.factor=2"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters\.partial_rotary_factor=0\.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"rope_parameters\.full_attention="),
         ({"rope_scaling": LINEAR, "rope_parameters": LLAMA3}, "both given and differ"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is not supported; these are: silu"),
+        ({"hidden_act": "mish"}, "hidden_act='mish' is not supported; these are: silu"),
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"hidden_size": "32"}, "hidden_size='32' should be of type int"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True should be of type int"),
         ({"attention_bias": 1}, "attention_bias=1 should be of type bool"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not divide hidden_size=32"),
         ({"num_key_value_heads": 3}, "num_key_value|num_kv_heads=3 does not divide"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"head_dim": 7}, "7 of head_dim=7 are rotated; rotary embedding needs pairs"),
         ({"eos_token_id": "</s>"}, "token ids must be non-negative integers, got '</s>'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method=gptq.*not read yet"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding window must be at least 1"),
@@ -268,7 +269,10 @@ def test_a_window_is_what_transformers_masks(config_class, more):
         ({"model_type": "qwen3", "head_dim": 8, "num_experts": 4}, "num_experts=4 is unknown to the qwen3 policy"),
         ({"model_type": "mixtral", "num_local_experts": None}, "num_local_experts is missing"),
         ({"model_type": "mixtral", "num_experts_per_tok": None}, "num_experts_per_tok is missing"),
-        ({"model_type": "mixtral", "num_experts_per_tok": 5}, "experts_per_token=5 does not fit num_experts=4"),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 5},
+            r"experts\.per_token=5 must be from 1 to experts\.count=4",
+        ),
         ({"model_type": "mixtral", "mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob=False is unknown to the mixtral policy"),
     ],
@@ -300,7 +304,18 @@ def test_null_fields_mean_not_used():
 scalings = st.one_of(
     st.none(),
     st.builds(RopeScaling, st.just("linear"), st.floats(1, 9)),
+    st.builds(RopeScaling, st.just("dynamic"), st.integers(2, 9), original_context=st.just(16)),
     st.builds(RopeScaling, st.just("llama3"), st.floats(1, 9), st.just(1.0), st.floats(2, 9), st.integers(1, 99)),
+    st.builds(
+        RopeScaling,
+        st.just("yarn"),
+        st.floats(1, 9),
+        original_context=st.integers(1, 99),
+        beta_fast=st.floats(8, 32),
+        beta_slow=st.floats(1, 4),
+        truncate=st.booleans(),
+        attention_factor=st.floats(1, 2),
+    ),
 )
 
 
@@ -308,8 +323,11 @@ scalings = st.one_of(
 def family_configs(draw):
     family, layers = draw(st.sampled_from(["llama", "mistral", "mixtral", "qwen2", "qwen3"])), draw(st.integers(1, 4))
     bias = draw(st.booleans()) if family in ("llama", "qwen3") else False
-    experts = draw(st.integers(1, 9)) if family == "mixtral" else 0
-    windows = ()
+    size, experts = draw(st.integers(1, 99)), None
+    if family == "mixtral":
+        count = draw(st.integers(1, 9))
+        experts = Experts(count, draw(st.integers(1, count)), size)
+    windows, scaling = (), draw(scalings)
     if family in ("mistral", "mixtral") and draw(st.booleans()):
         windows = (draw(st.integers(1, 99)),) * layers
     if family in ("qwen2", "qwen3") and any(where := draw(st.lists(st.booleans(), min_size=layers, max_size=layers))):
@@ -318,24 +336,23 @@ def family_configs(draw):
         model_type=family,
         vocab_size=draw(st.integers(1, 99)),
         hidden_size=4 * draw(st.integers(1, 9)),
-        intermediate_size=draw(st.integers(1, 99)),
+        intermediate_size=size,
         num_layers=layers,
         num_heads=4,
         num_kv_heads=draw(st.sampled_from([1, 2, 4])),
         head_dim=2 * draw(st.integers(1, 9)),
-        max_context=draw(st.integers(1, 99)),
+        max_context=round(16 * scaling.factor) if scaling and scaling.kind == "dynamic" else draw(st.integers(1, 99)),
         norm_eps=draw(st.floats(1e-8, 1e-3)),
         rope_theta=draw(st.floats(1, 1e7)),
-        rope_scaling=draw(scalings),
+        rope_scaling=scaling,
         activation=draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
         attention_bias=bias or family == "qwen2",
         attention_out_bias=bias,
         mlp_bias=draw(st.booleans()) if family == "llama" else False,
-        qk_norm=family == "qwen3",
+        qk_norm="head" if family == "qwen3" else None,
         tie_embeddings=draw(st.booleans()),
         windows=windows,
-        num_experts=experts,
-        experts_per_token=draw(st.integers(1, experts)) if experts else 0,
+        experts=experts,
         bos_id=draw(st.one_of(st.none(), st.integers(0, 9))),
         eos_ids=tuple(draw(st.lists(st.integers(0, 9), max_size=3))),
     )
@@ -344,14 +361,14 @@ def family_configs(draw):
 @settings(max_examples=60, deadline=None)
 @given(config=family_configs())
 def test_configs_write_back(config):
-    raw = policies.get(config.model_type).config_to_hf(config)
+    raw = policies.get(config.model_type).write_config(config)
     assert read(json.loads(json.dumps(raw))) == config
 
 
 @pytest.mark.parametrize("raw", [LLAMA_3_1, MISTRAL_7B, MIXTRAL_8X7B, QWEN_2_5, QWEN_3, SMOLLM2])
 def test_transformers_reads_what_is_written(raw):
     config = read(raw)
-    written = policies.get(config.model_type).config_to_hf(config)
+    written = policies.get(config.model_type).write_config(config)
     written.pop("architectures")
     theirs = transformers.AutoConfig.for_model(**written)
     assert read(json.loads(theirs.to_json_string())) == config
@@ -361,22 +378,27 @@ def test_transformers_reads_what_is_written(raw):
     ("family", "changes", "message"),
     [
         ("llama", {"windows": (8, None, 8)}, "windows=.* has no spelling in a llama config.json"),
-        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"attention_bias": True}, "attention_out_bias=False has no spelling"),
         ("mistral", {"windows": (8, None, 8)}, "windows"),
         ("mistral", {"mlp_bias": True}, "mlp_bias=True has no spelling in a mistral"),
         ("qwen2", {"attention_bias": False}, "attention_bias=False"),
         ("qwen2", {"windows": (8, 9, 8)}, "windows"),
         ("qwen3", {"windows": (8, 9, 8)}, "windows=.* has no spelling in a qwen3"),
-        ("qwen3", {"qk_norm": False}, "qk_norm=False has no spelling in a qwen3"),
-        ("mixtral", {"num_experts": 0, "experts_per_token": 0}, "num_experts=0"),
-        ("mixtral", {"renormalize_experts": False}, "renormalize_experts=False"),
-        ("mixtral", {"qk_norm": True}, "qk_norm=True has no spelling in a mixtral"),
-        ("llama", {"qk_norm": True}, "qk_norm=True has no spelling in a llama"),
-        ("qwen3", {"num_experts": 4, "experts_per_token": 2}, "num_experts=4 has no spelling in a qwen3"),
+        ("qwen3", {"qk_norm": None}, "qk_norm=None has no spelling in a qwen3"),
+        (
+            "mixtral",
+            {"experts": None},
+            "no spelling in a mixtral config.json: config field num_local_experts is missing",
+        ),
+        ("mixtral", {"experts": Experts(4, 2, 8, renormalize=False)}, r"experts=Experts\(.*no spelling in a mixtral"),
+        ("mixtral", {"qk_norm": "head"}, "qk_norm='head' has no spelling in a mixtral"),
+        ("llama", {"qk_norm": "head"}, "qk_norm='head' has no spelling in a llama"),
+        ("llama", {"norm": "layer"}, "norm='layer' has no spelling in a llama"),
+        ("qwen3", {"experts": Experts(4, 2, 8)}, "experts=Experts.* has no spelling in a qwen3"),
         ("llama", {"rope_scaling": RopeScaling("factors", factors=(1.0,) * 4)}, "'factors'"),
     ],
 )
 def test_what_a_family_can_not_express(family, changes, message):
     config = dataclasses.replace(read(base(family)), **changes)
     with pytest.raises(ConfigError, match=message):
-        policies.get(family).config_to_hf(config)
+        policies.get(family).write_config(config)

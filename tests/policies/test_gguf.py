@@ -163,7 +163,7 @@ def test_rope_factors(write_gguf, gguf_parts):
     ("changes", "message"),
     [
         ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type=yarn is not supported"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count=8 is not supported and may change"),
+        ({"llama.expert_count": 8}, r"llama\.expert_used_count is missing"),
         ({"llama.logit_scale": 2.0}, r"llama\.logit_scale=2\.0"),
         ({"llama.rope.scaling.attn_factor": 0.5}, r"llama\.rope\.scaling\.attn_factor=0\.5"),
         ({"split.count": 3}, "one of 3 parts; join them with llama.cpp's `llama-gguf-split --merge`"),
@@ -225,6 +225,15 @@ def test_files_that_are_not_whole(write_gguf, gguf_parts):
         path.write_bytes(wrong)
         with pytest.raises(CheckpointError, match=r"model\.gguf: this is not a GGUF file"):
             policies.load(path)
+
+
+def test_a_file_cut_after_its_header_was_read(write_gguf, gguf_parts):
+    path = write_gguf(*gguf_parts(kind=Kind.Q8_0))
+    file = GgufFile(path)
+    path.write_bytes(path.read_bytes()[: file.tensors["blk.1.ffn_up.weight"].offset + 40])
+    for name in ("blk.1.ffn_up.weight", "blk.1.ffn_down.weight"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf: .*truncated or damaged, fetch it again"):
+            file.read(name)
 
 
 NAME = b"blk.0.attn_q.weight"  # then come the number of axes, two axes, the type, and the offset

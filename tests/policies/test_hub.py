@@ -147,8 +147,26 @@ def test_model_without_safetensors(network, monkeypatch):
     empty.mkdir()
     monkeypatch.setattr(network, "cached", empty)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(empty))
-    with pytest.raises(CheckpointError, match="has no config.json with safetensors weights"):
+    with pytest.raises(CheckpointError, match="has no config.json with safetensors or torch weights"):
         hub.resolve("org/name")
+
+
+def test_torch_files_where_there_are_no_safetensors(network, tmp_path, monkeypatch):
+    folder = tmp_path / "downloaded"
+
+    def download(name, *, allow_patterns, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        if "pytorch_model*.bin" in allow_patterns:
+            (folder / "pytorch_model.bin").touch()
+        network.calls.append(sorted(path.name for path in folder.iterdir()))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.resolve("org/name") == folder
+    assert network.calls == ["ask", ["config.json"], ["config.json", "pytorch_model.bin"]]
 
 
 def test_offline_does_not_ask(network, monkeypatch):

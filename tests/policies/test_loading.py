@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 import policies
+from dsjax import checkpoint
 from dsjax.errors import CheckpointError, ConfigError
 from dsjax.params import Params, flatten, leaf_specs
 from dsjax.quantization import QuantizedArray
 from dsjax.sharding import named_sharding
+from policies import loading
+from policies.sources.files import FileTensor
+from policies.sources.hf_folder import HfFolder
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", jnp.float16, np.dtype("float32")])
@@ -48,7 +52,7 @@ def test_quantize(write_gguf, gguf_parts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int4"}, "quantize='int4' is not supported; None .* and 'none'"),
+        ({"quantize": "int4"}, "quantize='int4' is not supported; None .* 'none' .* and 'q4_0', 'q4_1', 'q8_0' are"),
         ({"dtype": "int8"}, "dtype=int8 is not supported; supported are: float32, bfloat16, float16"),
         ({"dtype": "float99"}, "dtype='float99' is not a dtype"),
     ],
@@ -79,12 +83,6 @@ def test_mesh_spreads_leaves(write_gguf, gguf_parts):
         np.testing.assert_array_equal(plain[name], leaf.dequantize() if isinstance(leaf, QuantizedArray) else leaf)
 
 
-def test_a_safetensors_file_alone(save_hf):
-    folder, _ = save_hf("llama")
-    with pytest.raises(CheckpointError, match=f"give the folder that holds it, with its config.json: {folder}$"):
-        policies.load(folder / "model.safetensors")
-
-
 def test_a_missing_file():
     with pytest.raises(CheckpointError, match="'missing.gguf': no such file or folder"):
         policies.load("missing.gguf")
@@ -104,6 +102,7 @@ MEASURE = r"""
 import re, sys
 import jax
 import policies
+from dsjax import checkpoint
 
 def peak():  # not getrusage's, which a process inherits from the one that starts it
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -116,16 +115,18 @@ print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
-@pytest.mark.parametrize("case", ["safetensors", "cast", "quantized", "dequantized"])
+@pytest.mark.parametrize("case", ["safetensors", "cast", "quantized on the way", "quantized", "dequantized"])
 def test_peak_memory_is_the_tree_and_two_tensors(save_hf, write_gguf, gguf_parts, case):
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the peak as Linux counts it")
-    if case in ("safetensors", "cast"):
+    if case in ("safetensors", "cast", "quantized on the way"):
         sizes = dict(vocab_size=16000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2)
         small, _ = save_hf("llama", folder="small")
-        large, _ = save_hf("llama", folder="large", **sizes)
+        large, _ = save_hf("llama", folder="large", shard="60MB", **sizes)
+        assert len(list(large.glob("*.safetensors"))) > 2
         # In float32: 62.5 MiB of embedding, and as much of head.
-        options, largest = {"dtype": "bfloat16"} if case == "cast" else {}, 16000 * 1024 * 4
+        options = {"cast": {"dtype": "bfloat16"}, "quantized on the way": {"quantize": "q8_0"}}.get(case, {})
+        largest = 16000 * 1024 * 4
     else:
         small = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q8_0), name="small.gguf")
         large = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q8_0, hidden=2048, ffn=6144), name="large.gguf")
@@ -142,3 +143,95 @@ def test_peak_memory_is_the_tree_and_two_tensors(save_hf, write_gguf, gguf_parts
     grown, tree = map(int, done.stdout.split())
     assert grown > 0.8 * tree, "the measurement saw no tree"
     assert grown <= tree + 2 * largest, f"{grown / 2**20:.0f} MiB for a tree of {tree / 2**20:.0f}"
+
+
+def test_progress(save_hf, capsys, monkeypatch):
+    folder, _ = save_hf("llama")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(policies.load(folder)))
+    capsys.readouterr()
+    policies.load(folder, progress=True)
+    shown = capsys.readouterr().err
+    assert "loading" in shown and "B/s" in shown and f"{size / 1000:.0f}k" in shown
+    for watched in (False, True):  # by itself only where somebody looks, and not before two seconds
+        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+        policies.load(folder)
+        policies.load(folder, progress=False)
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(loading, "_SECONDS", 0.0)
+    policies.load(folder)
+    assert "B/s" in capsys.readouterr().err
+
+
+class Counted:
+    """A checkpoint that records how many bytes are read and not yet handed over."""
+
+    def __init__(self, folder, fail=""):
+        self.inner, self.fail, self.reads = HfFolder(folder), fail, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def read(self, name):
+        if name == self.fail:
+            raise CheckpointError(f"{name} is damaged")
+        self.reads.append(name)
+        return self.inner.read(name)
+
+
+def test_what_is_read_ahead_is_bounded(save_hf, monkeypatch):
+    folder, _ = save_hf("llama", num_hidden_layers=6)
+    source, ahead, placed = Counted(folder), [], []
+    monkeypatch.setattr(loading, "open_checkpoint", lambda *_: source)
+    place = loading._place
+
+    def watched(leaf, *rest):
+        held = sum(source.stored(name)[1] for name in list(source.reads)) - sum(placed)
+        ahead.append(held)
+        placed.append(leaf.nbytes)
+        return place(leaf, *rest)
+
+    monkeypatch.setattr(loading, "_place", watched)
+    policies.load(folder)
+    largest = max(source.stored(name)[1] for name in source.reads)
+    assert len(source.reads) == 57 and max(ahead) <= 2 * largest
+
+
+def test_an_error_while_reading_ends_the_load(save_hf, monkeypatch):
+    folder, _ = save_hf("llama", num_hidden_layers=6)
+    source = Counted(folder, fail="model.layers.1.mlp.up_proj.weight")
+    monkeypatch.setattr(loading, "open_checkpoint", lambda *_: source)
+    with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight is damaged"):
+        policies.load(folder)
+    in_file = list(source.shapes())
+    assert len(in_file) == 57
+    assert len(source.reads) <= in_file.index(source.fail) + 2 * loading._READERS < 50
+
+
+def test_aligned_leaves_are_not_copied_on_a_cpu(save_hf, monkeypatch):
+    folder, _ = save_hf("llama")
+    pointers = []
+    read = FileTensor.read
+
+    def recorded(self, out=None):
+        array = read(self, out)
+        pointers.append(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr(FileTensor, "read", recorded)
+    leaves = flatten(policies.load(folder))
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves.values()} == set(pointers)
+
+
+def test_a_saved_folder(write_gguf, gguf_parts, tmp_path):
+    kept = policies.load(write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q4_0)), dtype="bfloat16")
+    checkpoint.save(kept, tmp_path / "saved")
+    again = policies.load(tmp_path / "saved")
+    assert policies.load_config(tmp_path / "saved") == again.config == kept.config
+    plain = flatten(policies.load(tmp_path / "saved", quantize="none"))
+    for path, leaf in flatten(kept).items():
+        jax.tree.map(np.testing.assert_array_equal, flatten(again)[path], leaf)
+        expected = leaf.dequantize() if isinstance(leaf, QuantizedArray) else leaf
+        assert plain[path].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(plain[path], expected)
+    with pytest.raises(ConfigError, match="quantize='q8_0': .*saved by dsjax.save and is loaded as it is"):
+        policies.load(tmp_path / "saved", quantize="q8_0")

@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import policies
 from dsjax.errors import CheckpointError, ConfigError
 from dsjax.params import flatten, leaf_specs
 from policies.base import write_tensors
-from policies.sources.safetensors import HfFolder, read_header
+from policies.sources import files
+from policies.sources.hf_folder import HfFolder
+from policies.sources.safetensors import read_header
 
 
 def check_equal(params, model):
@@ -94,7 +98,7 @@ def test_truncated_file(save_hf, left):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: the file is missing; fetch"):
         before.read("model.norm.weight")
     path.mkdir()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: can not be read: "):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: can not be read"):
         before.read("model.norm.weight")
 
 
@@ -161,9 +165,6 @@ def test_missing_files(save_hf, tmp_path):
     index.write_text("{")
     with pytest.raises(CheckpointError, match="is not valid JSON"):
         policies.load(folder)
-    index.unlink()
-    with pytest.raises(CheckpointError, match="there is no model.safetensors or model.safetensors.index.json"):
-        policies.load(folder)
     assert policies.load_config(folder).num_layers == 2
 
 
@@ -174,9 +175,60 @@ def test_folders_that_hold_something_else(tmp_path, save_hf):
     with pytest.raises(CheckpointError, match="give the path of one of them, such as .*model-q4.gguf"):
         policies.load(tmp_path)
     folder, _ = save_hf("llama")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="torch files.* not read yet; convert them to safetensors"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there is no model.safetensors, pytorch_model.bin, or an index of eith"):
         policies.load(folder)
+    edit_json(folder / "config.json", model_type=None)
+    with pytest.raises(ConfigError, match=r"config\.json: config field model_type is missing"):
+        policies.load(folder)
+
+
+def test_shards_without_an_index(save_hf):
+    folder, model = save_hf("llama", shard="40KB")
+    (folder / "model.safetensors.index.json").unlink()
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    check_equal(policies.load(folder), model)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=rf"holds {len(shards) - 1} of {len(shards)} shards .* and no index"):
+        policies.load(folder)
+
+
+def test_one_file_of_a_folder(save_hf):
+    folder, model = save_hf("llama")
+    file = (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    check_equal(policies.load(file), model)
+    with pytest.raises(CheckpointError, match=r"has no weights by .*; give the file, such as .*mine\.safetensors$"):
+        policies.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors: there is no config\.json beside it"):
+        policies.load(file)
+
+
+def test_a_tensor_in_two_shards(save_hf):
+    folder, _ = save_hf("llama", shard="40KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    with safe_open(first, "numpy") as one, safe_open(second, "numpy") as two:
+        name = next(iter(one.keys()))
+        save_file({name: one.get_tensor(name)} | {key: two.get_tensor(key) for key in two.keys()}, second)
+    with pytest.raises(CheckpointError, match=f"{second.name}: holds tensor '{name}', which '{first.name}' holds too"):
+        policies.load(folder)
+
+
+def test_an_index_that_names_itself(save_hf):
+    folder, _ = save_hf("llama", shard="40KB")
+    index = folder / "model.safetensors.index.json"
+    edit_json(index, weight_map={"lm_head.weight": index.name})
+    with pytest.raises(
+        CheckpointError, match=r"names 'model\.safetensors\.index\.json' as a shard, which is not a \.sa"
+    ):
+        policies.load(folder)
+
+
+def test_large_tensors_are_read_in_pieces(save_hf, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 1000)
+    folder, model = save_hf("llama")
+    check_equal(policies.load(folder), model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -9,14 +9,16 @@ import transformers
 from safetensors.numpy import load_file
 
 import policies
+from dsjax.config import Experts
 from dsjax.errors import CheckpointError, ConfigError
 from dsjax.params import flatten, init
 from dsjax.quantization import SCHEMES, QuantizedArray
-from policies.base import Stack, write_tensors
-from policies.mixtral import MIXTRAL
-from policies.qwen3 import QWEN3
+from policies.base import write_tensors
+from policies.families.mixtral import MIXTRAL
+from policies.families.qwen3 import QWEN3
+from policies.ops import Stack
 
-EXPERTS = dict(model_type="mixtral", num_experts=3, experts_per_token=2)
+EXPERTS = dict(model_type="mixtral", experts=Experts(count=3, per_token=2, size=96))
 
 
 @pytest.fixture
@@ -83,19 +85,19 @@ def test_quantized_tensors_are_stacked_as_they_are(rng):
         )
         for _ in range(3)
     ]
-    (leaf,) = Stack().to_leaves(tensors, None)
+    (leaf,) = Stack().to_leaves(tensors, None, [(3, 4, 32)])
     assert leaf.shape == (3, 4, 32) and leaf.scheme == SCHEMES["q8_0"]
     for tensor, back in zip(tensors, Stack().to_tensors([leaf], None), strict=True):
         jax.tree.map(np.testing.assert_array_equal, back, tensor)
 
 
 def test_normed_heads_and_experts_have_no_place_in_other_families(make_config):
-    params = init(make_config(model_type="qwen3", qk_norm=True), jax.random.key(0))
+    params = init(make_config(model_type="qwen3", qk_norm="head"), jax.random.key(0))
     tensors = dict(write_tensors(params, QWEN3))
     assert tensors["model.layers.1.self_attn.k_norm.weight"] is params["layers"]["1"]["attention"]["k_norm"]["scale"]
     assert len(tensors) == len(flatten(params))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    plain = dataclasses.replace(params.config, model_type="llama", qk_norm=False)
+    plain = dataclasses.replace(params.config, model_type="llama", qk_norm=None)
     with pytest.raises(
         CheckpointError, match=r"'model\.layers\.0\.self_attn\.k_norm\.weight' \[16\] has no place in a ll"
     ):
