@@ -140,13 +140,13 @@ def saved_folder(path: str | os.PathLike[str]) -> Path | None:
     return next((folder for folder in _siblings(target, "old") if (folder / MANIFEST).is_file()), None)
 
 
-def saved_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a folder that `save` wrote.
+def saved_shapes(path: str | os.PathLike[str]) -> Params:
+    """The tree in a folder that `save` wrote, in `jax.ShapeDtypeStruct`s: nothing but the manifest is read.
 
     Raises:
       CheckpointError: as for `restore`.
     """
-    return _read_manifest(_existing(path)).config
+    return _read_manifest(_existing(path))
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

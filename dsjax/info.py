@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from dsjax import memory
+from dsjax import checkpoint, memory
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError
 from dsjax.memory import readable
-from dsjax.quantization import SCHEMES
+from dsjax.params import Params, flatten
+from dsjax.quantization import SCHEMES, QuantizedArray
 from dsjax.session import limit_context
 from dsjax.tokenizer import load_tokenizer
 from policies.loading import Checkpoint, open_checkpoint
@@ -44,14 +47,31 @@ def stored_parts(source: Checkpoint) -> list[Stored]:
     Raises:
       CheckpointError: the checkpoint does not fit its config.
     """
-    totals: dict[tuple[str, str], tuple[int, int]] = {}
     shapes = source.shapes()
-    for step in source.weights.fit(source.config, shapes, source.origin):
-        for tensor in step.tensors:
-            kind, nbytes = source.stored(tensor)
-            key = (_part(step.leaves[0]), kind)
-            parameters, size = totals.get(key, (0, 0))
-            totals[key] = (parameters + math.prod(shapes[tensor]), size + nbytes)
+    return _totals(
+        (_part(step.leaves[0]), *source.stored(tensor), math.prod(shapes[tensor]))
+        for step in source.weights.fit(source.config, shapes, source.origin)
+        for tensor in step.tensors
+    )
+
+
+def saved_parts(tree: Params) -> list[Stored]:
+    """What a folder that `dsjax.save` wrote holds, by part and format."""
+
+    def one(path: str, leaf: Any) -> tuple[str, str, int, int]:
+        kind = leaf.scheme.name if isinstance(leaf, QuantizedArray) else jnp.dtype(leaf.dtype).name
+        nbytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+        return _part(path), kind, nbytes, math.prod(leaf.shape)
+
+    return _totals(one(path, leaf) for path, leaf in flatten(tree).items())
+
+
+def _totals(pieces: Iterable[tuple[str, str, int, int]]) -> list[Stored]:
+    """Part, format, bytes and parameters of each tensor, added up."""
+    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    for part, kind, nbytes, parameters in pieces:
+        before = totals.get((part, kind), (0, 0))
+        totals[part, kind] = (before[0] + parameters, before[1] + nbytes)
     ordered = sorted(totals.items(), key=lambda item: (_PARTS.index(item[0][0]), item[0][1]))
     return [Stored(*key, *sizes) for key, sizes in ordered]
 
@@ -80,8 +100,14 @@ def describe(model: str, *, dtype: str, quantize: str | None = None, max_model_l
       DsjaxError: the checkpoint can not be read, or `max_model_len` is beyond the model's limit.
     """
     path = hub.resolve(model)
-    source = open_checkpoint(path)
-    config, parts = limit_context(source.config, max_model_len), stored_parts(source)
+    folder = checkpoint.saved_folder(path)
+    if folder is not None:
+        source, tree = None, checkpoint.saved_shapes(folder)
+        config, parts = tree.config, saved_parts(tree)
+    else:
+        source = open_checkpoint(path)
+        config, parts = source.config, stored_parts(source)
+    config = limit_context(config, max_model_len)
     return "\n".join(
         [
             str(path),
@@ -98,7 +124,7 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<14}{text}"
 
 
-def _architecture(config: ModelConfig, source: Checkpoint, path: Path) -> Iterator[str]:
+def _architecture(config: ModelConfig, source: Checkpoint | None, path: Path) -> Iterator[str]:
     c = config
     yield _line("architecture", f"{c.model_type}, {c.num_layers} layers, hidden {c.hidden_size:,}")
     yield _line("attention", f"{c.num_heads} query heads, {c.num_kv_heads} key/value heads of {c.head_dim}")

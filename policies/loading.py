@@ -164,7 +164,7 @@ def load_config(
       CheckpointError: the checkpoint is missing or damaged.
     """
     if (folder := _saved(model)) is not None:
-        return checkpoint.saved_config(folder)
+        return checkpoint.saved_shapes(folder).config
     return open_checkpoint(model, config, tower).config
 
 

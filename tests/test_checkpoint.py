@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import dsjax
 from dsjax import checkpoint
-from dsjax.checkpoint import MANIFEST, config_from_json, config_to_json, restore, save, saved_config, saved_folder
+from dsjax.checkpoint import MANIFEST, config_from_json, config_to_json, restore, save, saved_folder, saved_shapes
 from dsjax.config import Experts, ModelConfig, RopeScaling
 from dsjax.errors import CheckpointError, ConfigError, ParameterError
 from dsjax.params import flatten, unflatten, validate
@@ -86,7 +86,7 @@ def test_round_trip(tmp_path, tiny_params, mixed, fused):
         params = dsjax.prepare(params) if fused else params
         save(params, str(tmp_path / "made" / name))
         assert_same(restore(str(tmp_path / "made" / name)), params)
-        assert saved_config(tmp_path / "made" / name) == params.config
+        assert saved_shapes(tmp_path / "made" / name).config == params.config
     assert sorted(os.listdir(tmp_path / "made")) == ["mixed", "plain"]
 
 
@@ -291,7 +291,7 @@ def test_a_killed_save_leaves_the_old_one(tmp_path, tiny_params, mixed):
     assert not paths["between"].exists() and saved_folder(paths["between"]) is not None
     for moment in ("writing", "between"):
         assert_same(restore(paths[moment]), tiny_params)
-        assert saved_config(paths[moment]) == tiny_params.config
+        assert saved_shapes(paths[moment]).config == tiny_params.config
     assert restore(paths["deleting"]).config.num_layers == 4
     for path in paths.values():
         assert any(name.startswith(".model.dsjax-") for name in os.listdir(path.parent))

@@ -225,6 +225,15 @@ def test_info_of_a_folder(model, params, capsys, monkeypatch):
         assert line in said
 
 
+def test_info_of_what_dsjax_saved(model, params, capsys, tmp_path):
+    dsjax.save(params, tmp_path / "saved", tokenizer=dsjax.load_tokenizer(model))
+    assert cli.main(["info", str(tmp_path / "saved")]) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert f"together {count:,} {memory.readable(4 * count)}" in said
+    assert "end of text 257 <|end|>" in said
+
+
 def test_info_of_quantized_weights(smollm2_path, capsys):
     assert cli.main(["info", str(smollm2_path)]) == 0
     dequantized = capsys.readouterr().out
