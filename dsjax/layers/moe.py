@@ -81,11 +81,12 @@ def route(
     preference = scores + module["correction"].astype(jnp.float32) if experts.correction else scores
     if experts.groups > 1:
         preference = _within_groups(preference, experts)
-    chosen = lax.top_k(preference, experts.per_token)[1]
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    weights, chosen = lax.top_k(preference, experts.per_token)
+    if preference is not scores:
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.renormalize:
         weights /= weights.sum(axis=-1, keepdims=True)
-    return weights * experts.scale, chosen
+    return (weights if experts.scale == 1.0 else weights * experts.scale), chosen
 
 
 def _within_groups(preference: Float[Array, "T E"], experts: Experts) -> Float[Array, "T E"]:

@@ -200,7 +200,7 @@ def traces(draw):
     )
 
 
-@hypothesis.settings(max_examples=3000, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=1500, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(traces())
 def test_random_traces(trace):
     lengths, limits, capacity, seed = trace
