@@ -59,12 +59,12 @@ def load(
 
     Args:
       model: a hub id; a folder that `dsjax.save` wrote; a Hugging Face folder (config.json and safetensors or torch
-        files) or one file of weights in it; a folder of Meta's (params.json and consolidated.*.pth); a `.gguf` file; a
-        live `transformers` model; or a dictionary of torch tensors, numpy or JAX arrays by the names of a Hugging Face
-        checkpoint.
+        files) or one file of weights in it; a folder of Meta's (params.json and consolidated.*.pth) or Megatron-LM's
+        (mp_rank_*); a `.gguf` file; a live `transformers` model; or a dictionary of torch tensors, numpy or JAX arrays
+        by the names of a Hugging Face checkpoint.
       config: for a dictionary: its `ModelConfig`, or what its config.json holds.
-      tower: for a CLIP checkpoint, which holds two models: `"text"` (see `dsjax.encode`) or `"vision"` (see
-        `dsjax.encode_image`).
+      tower: of a checkpoint that holds several models, which one: `"text"` of Gemma 3; of CLIP `"text"` (see
+        `dsjax.encode`) or `"vision"` (see `dsjax.encode_image`).
       dtype: of plain leaves, and what quantized ones read as: float32, bfloat16 or float16; `None` takes float32 on a
         CPU and bfloat16 elsewhere, and of a folder that `dsjax.save` wrote what was saved.
       quantize: `None` keeps tensors as the checkpoint holds them; `"none"` dequantizes everything to `dtype`; `"q8_0"`,

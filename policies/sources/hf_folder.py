@@ -12,34 +12,18 @@ from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError
 from policies import registry
 from policies.base import Shape, WeightMap
+from policies.sources import towers
 from policies.sources.files import FileTensor, check_kind, read_json
 from policies.sources.safetensors import read_header
 from policies.sources.torch_file import TorchFile
 
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _MOST = 2**14  # layers, or experts of one
-# Models of several towers, each with a part of config.json of its own: `text_config`, `vision_config`.
-_TOWERS = {"clip": ("text", "vision")}
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def _read_file(path: Path) -> dict[str, FileTensor]:
     return TorchFile(path).tensors() if path.suffix in _TORCH_SUFFIXES else read_header(path)
-
-
-def _of_tower(raw: Mapping[str, Any], tower: str | None) -> dict[str, Any]:
-    """The config.json that a tower would have by itself; the whole one of models that have none."""
-    kind = raw.get("model_type")
-    towers = _TOWERS.get(str(kind), ())
-    if tower not in (towers or (None,)):
-        names = ", ".join(map(repr, towers))
-        raise ConfigError(f"tower={tower!r}: a {kind} checkpoint has " + (f"the towers {names}" if towers else "none"))
-    if tower is None:
-        return dict(raw)
-    # Files of transformers before 4.27 have a second dictionary, which counts where it is there.
-    given = [raw[name] for name in (f"{tower}_config_dict", f"{tower}_config") if raw.get(name) is not None]
-    shared = {"model_type": f"{kind}_{tower}_model", "projection_dim": raw.get("projection_dim")}
-    return {**(given or [{}])[0], **shared}
 
 
 def read_config(
@@ -57,7 +41,7 @@ def read_config(
       ConfigError: the architecture or one of its fields is not supported.
     """
     try:
-        raw = _of_tower(raw, tower)
+        raw = towers.config_of(raw, tower)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     if generation.get("eos_token_id") is not None:
@@ -108,6 +92,10 @@ class HfFolder:
         return str(self.file or self.path)
 
     @functools.cached_property
+    def _raw(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    @functools.cached_property
     def config(self) -> ModelConfig:
         """The configuration: config.json, with the ids that end a generation from generation_config.json if it has any.
 
@@ -117,7 +105,7 @@ class HfFolder:
         """
         generation = self.path / "generation_config.json"
         config = read_config(
-            read_json(self.path / "config.json"),
+            self._raw,
             read_json(generation) if generation.is_file() else {},
             str(self.path / "config.json"),
             self._tower,
@@ -132,12 +120,16 @@ class HfFolder:
 
     @functools.cached_property
     def tensors(self) -> dict[str, FileTensor]:
-        """Every tensor by name.
+        """Every tensor of the model by name.
 
         Raises:
+          ConfigError: the model has several towers, and which is not said.
           CheckpointError: a file is missing, truncated or damaged, lacks a tensor that the index promises, or holds one
             that another file holds too.
         """
+        return towers.tensors_of(self._raw, self._tower, self._stored_tensors())
+
+    def _stored_tensors(self) -> dict[str, FileTensor]:
         if self.file is not None:
             return _read_file(self.file)
         for single in ("model.safetensors", "pytorch_model.bin"):

@@ -11,6 +11,7 @@ from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError
 from policies import registry
 from policies.base import Shape, WeightMap
+from policies.sources import towers
 from policies.sources.files import FLOATS, aligned_empty, check_kind
 from policies.sources.hf_folder import read_config
 
@@ -47,8 +48,9 @@ class InMemory:
                 )
         if not isinstance(config, ModelConfig | Mapping):
             raise ConfigError(f"config is a {type(config).__name__}; give a ModelConfig or the parsed config.json")
-        self.tensors, self._config, self._generation, self.origin = tensors, config, generation or {}, origin
-        self._tower = tower
+        raw = {} if isinstance(config, ModelConfig) else config
+        self.tensors = towers.tensors_of(raw, tower, tensors)
+        self._config, self._generation, self.origin, self._tower = config, generation or {}, origin, tower
 
     @classmethod
     def from_module(cls, module: Any, tower: str | None = None) -> "InMemory":

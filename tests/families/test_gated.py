@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from family_harness import TOLERANCE, Case, check, check_generation, check_paged, make_model, torch_logits
 from safetensors.numpy import load_file, save_file
@@ -324,3 +325,29 @@ def test_equals_the_equivalent_class_of_transformers(family, tmp_path):
         np.testing.assert_array_equal(exported[name], tensor)
     again = json.loads((tmp_path / "exported" / "config.json").read_text(encoding="utf-8"))
     assert policies.get(family).read_config(again) == params.config
+
+
+def test_the_text_model_of_a_gemma3_that_sees(tmp_path):
+    """Checkpoints of 4B and larger hold a vision tower too; `tower="text"` leaves it out."""
+    text = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "sliding_window": 7}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text | {"pad_token_id": None},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 200, (2, 30))
+    expected = torch_logits(model, tokens)
+    for source in (tmp_path, model):
+        params = dsjax.load(source, tower="text")
+        np.testing.assert_allclose(dsjax.logits(params, tokens), expected, atol=TOLERANCE)
+    with pytest.raises(dsjax.ConfigError, match="tower=None: a gemma3 checkpoint has the towers 'text'"):
+        dsjax.load(tmp_path)
