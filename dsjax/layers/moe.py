@@ -15,6 +15,8 @@ from dsjax.layers.mlp import mlp
 # A decode step is bound by reading weights, and more than a few tokens need every expert's. So a GPU computes all
 # experts for all tokens: plain products, no loop. Beyond this many, arithmetic and memory count, and blocks pay.
 FEW_TOKENS = 512
+# Of many experts a token or two need few: these are copied out of the stack. A copy is read, written and read again.
+COST_OF_A_COPY = 3
 # Rows of the largest block. Each block copies its expert's weights, and half of an expert's last block is padding.
 LARGEST_BLOCK = 256
 
@@ -40,7 +42,8 @@ def moe(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig
     arguments = tokens, weights, chosen, module["experts"]
     grouped = functools.partial(_grouped, config=config)
     if tokens.shape[0] <= FEW_TOKENS:
-        out = lax.platform_dependent(*arguments, cpu=grouped, default=functools.partial(_every_expert, config=config))
+        on_gpu = _chosen_experts if COST_OF_A_COPY * chosen.size <= experts.count else _every_expert
+        out = lax.platform_dependent(*arguments, cpu=grouped, default=functools.partial(on_gpu, config=config))
     else:
         out = grouped(*arguments)
     if experts.shared_size:
@@ -110,6 +113,14 @@ def _sparsemixer(logits: Float[Array, "T E"], jitter: float) -> tuple[Float[Arra
         chosen.append(index)
         left = jnp.where(jnp.arange(logits.shape[-1]) == index, -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)
+
+
+def _chosen_experts(tokens, weights, chosen, experts, config: ModelConfig):
+    """Each token's experts, taken out of the stack: no other weight is read."""
+    copies = jax.tree.map(lambda leaf: leaf[chosen.reshape(-1)], experts)
+    rows = jnp.repeat(tokens, chosen.shape[1], axis=0)[:, None]
+    outputs = jax.vmap(mlp, in_axes=(0, 0, None))(rows, copies, config).astype(jnp.float32)
+    return jnp.sum(outputs.reshape(*chosen.shape, -1) * weights[..., None], axis=1)
 
 
 def _every_expert(tokens, weights, chosen, experts, config: ModelConfig):

@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
     max_context=64,
     experts=Experts(count=8, per_token=2, size=64),
 )
-FORMS = {"grouped": module._grouped, "every": module._every_expert}
+FORMS = {"chosen": module._chosen_experts, "every": module._every_expert, "grouped": module._grouped}
 
 
 @pytest.fixture(params=sorted(FORMS))
@@ -294,4 +294,20 @@ def test_a_decode_step_reads_each_expert_once():
     compiled = compile_for(functools.partial(moe, config=config), bf16((32, 4096)), weights, target="h200")
     assert memory(compiled).temporaries < 32e6
     assert not large_copies(compiled, min_bytes=32_000_000)
+    assert "while" not in compiled.as_text()
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+def test_one_token_reads_its_experts_alone():
+    """Qwen3-30B-A3B for an H200: 8 of 128 experts a token, and not the others."""
+    config = dataclasses.replace(with_experts(count=128, per_token=8, size=768), hidden_size=2048)
+    shapes = {"gate_up": (128, 2 * 768, 2048), "down": (128, 2048, 768)}
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    weights = {
+        "router": {"weight": bf16((128, 2048))},
+        "experts": {name: {"weight": bf16(shape)} for name, shape in shapes.items()},
+    }
+    compiled = compile_for(functools.partial(moe, config=config), bf16((1, 2048)), weights, target="h200")
+    one = 3 * 768 * 2048 * 2
+    assert memory(compiled).temporaries < 9 * one
     assert "while" not in compiled.as_text()
