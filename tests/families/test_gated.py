@@ -47,6 +47,12 @@ CASES = {
     ),
     "phi3": Case("Phi3", {"num_key_value_heads": 4, "sliding_window": 9}, generates=True),
     "phi3-longrope": Case("Phi3", LONG_CONTEXT | {"rope_parameters": LONGROPE}),
+    # Every prompt is longer than the original context, so that transformers does not change over midway.
+    "phi3-longrope-scheduled": Case(
+        "Phi3",
+        {"max_position_embeddings": 96, "original_max_position_embeddings": 4, "rope_parameters": LONGROPE},
+        scheduled=True,
+    ),
     "phi4-mini-partial-longrope": Case(
         "Phi3", LONG_CONTEXT | {"rope_parameters": LONGROPE | PARTIAL, "tie_word_embeddings": True}
     ),
