@@ -75,7 +75,7 @@ def test_greedy_is_the_argmax_of_dense_logits(tiny_params):
         np.testing.assert_array_equal(out.tokens[:, 0, step], logits[rows, lengths + step - 1].argmax(-1))
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(seed=st.integers(0, 2**16), which=st.integers(1, len(CAPACITIES) - 1))
 def test_capacities_do_not_matter(seed, which, tiny_params):
     """Slots, budget, chunking, page size, pool and preemption; three samples a prompt and more of them than slots."""
@@ -93,7 +93,7 @@ def test_capacities_do_not_matter(seed, which, tiny_params):
     same(run(**CAPACITIES[0]), run(**CAPACITIES[which]))
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(seed=st.integers(0, 2**16), row=st.integers(0, PROMPTS - 1))
 def test_company_does_not_matter(seed, row, tiny_params):
     """A request alone, under the same key, says what it said among others."""

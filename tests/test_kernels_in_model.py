@@ -22,7 +22,7 @@ def on_both(params, **options):
     ]
 
 
-def test_triton_generates_what_xla_does(tiny_config):
+def test_triton_generates_the_same(tiny_config):
     """Mixed and decode steps of a fused tree; samples share the pages of their prompt, which attention reads once."""
     config = dataclasses.replace(tiny_config, qk_norm="head", windows=(20, None))
     params = dsjax.prepare(dsjax.init(config, jax.random.key(0)))
