@@ -17,7 +17,8 @@ from dsjax.config import Activation, Experts, ModelConfig
 from dsjax.errors import CheckpointError, ConfigError
 from policies.base import Entry, Shape, WeightMap, each
 from policies.ops import Alternating, Grouped, Join, Op, Stack
-from policies.sources.files import FLOATS, FileTensor, aligned_empty, check_kind
+from policies.sources.files import FileTensor
+from policies.sources.pieces import Pieces, by_name
 from policies.sources.torch_file import TorchFile
 
 _RANK = re.compile(r"mp_rank_(\d+)(_model_states\.pt)?")
@@ -44,9 +45,7 @@ _FIXED: Mapping[str, Any] = {
     "position_embedding_type": "learned_absolute",
     "use_rotary_position_embeddings": False,
     "group_query_attention": False,
-    "multi_query_attention": False,
     "squared_relu": False,
-    "apply_query_key_layer_scaling_after_softmax": False,
 }
 
 
@@ -87,7 +86,7 @@ def _weights(version: float) -> WeightMap:
     )
 
 
-class MegatronFolder:
+class MegatronFolder(Pieces):
     """A checkpoint of Megatron-LM or Megatron-DeepSpeed; the ranks' pieces of a tensor are put together.
 
     Args:
@@ -136,61 +135,23 @@ class MegatronFolder:
         Raises:
           CheckpointError: a file is missing or damaged, or the ranks do not hold pieces of the same tensors.
         """
-        parts = [dict(tensor for file in files for tensor in _tensors(file)) for files in self._files]
-        for rank, part in enumerate(parts):
-            if part.keys() != parts[0].keys():
-                name = min(part.keys() ^ parts[0].keys())
-                raise CheckpointError(f"{self.path}: of ranks 0 and {rank} only one has tensor '{name}'")
-        pieces = {name: [part[name] for part in parts] for name in parts[0]}
-        for name, (first, *others) in pieces.items():
-            if any(other.shape != first.shape or other.kind != first.kind for other in others):
-                raise CheckpointError(f"{self.path}: the ranks' pieces of tensor '{name}' differ in shape or dtype")
-        return pieces
+        return by_name(
+            self.origin, [dict(tensor for file in files for tensor in _tensors(file)) for files in self._files]
+        )
 
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor by name, its pieces put together."""
-        return {name: self._shape(name) for name in self.pieces}
-
-    def _axis(self, name: str) -> int | None:
-        """The axis along which the pieces of a tensor are joined, or `None` when each is the whole."""
-        if len(self.pieces[name]) == 1:
-            return None
+    def cut_axis(self, name: str, piece: Shape) -> int | None:
+        """See `Pieces.cut_axis`."""
         return 0 if name.endswith(_CUT_ROWS + _CUT_VOCABULARY) else 1 if name.endswith(_CUT_COLUMNS) else None
 
-    def _shape(self, name: str) -> Shape:
-        pieces, axis = self.pieces[name], self._axis(name)
-        return tuple(size * (len(pieces) if i == axis else 1) for i, size in enumerate(pieces[0].shape))
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """The dtype of one tensor as safetensors spells it, and its size in bytes.
-
-        Raises:
-          CheckpointError: the dtype is not read; it is named.
-        """
-        pieces = self.pieces[name]
-        check_kind(pieces[0].kind, f"{pieces[0].path}: tensor '{name}'")
-        return pieces[0].kind, pieces[0].nbytes * (1 if self._axis(name) is None else len(pieces))
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in memory of its own, as stored.
-
-        Raises:
-          CheckpointError: a file is missing or was damaged since its header was read.
-        """
-        pieces, axis = self.pieces[name], self._axis(name)
-        if axis is None:
-            return pieces[0].read()
-        whole = aligned_empty(self._shape(name), FLOATS[pieces[0].kind])
+    def join(self, name: str, pieces: list[FileTensor], whole: np.ndarray, axis: int) -> None:
+        """See `Pieces.join`."""
         if self._version < 1 and ".query_key_value." in name:
             # Each rank has its heads' q, then their k, then their v.
-            for piece, part in zip(
-                pieces, np.split(whole.reshape(3, -1, *whole.shape[1:]), len(pieces), 1), strict=True
-            ):
+            thirds = whole.reshape(3, -1, *whole.shape[1:])
+            for piece, part in zip(pieces, np.split(thirds, len(pieces), 1), strict=True):
                 part[...] = piece.read().reshape(part.shape)
         else:
-            for piece, part in zip(pieces, np.split(whole, len(pieces), axis), strict=True):
-                piece.read(part)
-        return whole
+            super().join(name, pieces, whole, axis)
 
     @functools.cached_property
     def _state(self) -> dict[str, Any]:

@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsjax.config import ModelConfig, RopeScaling
 from dsjax.errors import CheckpointError, ConfigError
 from policies.base import Entry, Shape, WeightMap
 from policies.ops import InterleavedRotary
-from policies.sources.files import FLOATS, FileTensor, aligned_empty, check_kind, read_json
+from policies.sources.files import FileTensor, read_json
+from policies.sources.pieces import Pieces, by_name
 from policies.sources.torch_file import TorchFile
 
 _PIECE = re.compile(r"consolidated\.(\d+)\.pth")
@@ -44,7 +43,7 @@ _HARMLESS = frozenset({"multiple_of", "ffn_dim_multiplier", "max_batch_size", "v
 _LLAMA32_TEXT = ((2048, 16), (3072, 28))  # width and layers of 1B and 3B, whose params.json leaves the factor out
 
 
-class MetaFolder:
+class MetaFolder(Pieces):
     """A checkpoint as Meta publishes llama; tensors are read one at a time, their pieces put together.
 
     Args:
@@ -78,62 +77,16 @@ class MetaFolder:
                 f"{self.path}: consolidated.00.pth and those that follow it should be here, are: "
                 + (", ".join(match[0] for match in files) or "none")
             )
-        parts = [TorchFile(self.path / match[0]).tensors() for match in files]
-        for match, part in zip(files, parts, strict=True):
-            if part.keys() != parts[0].keys():
-                name = min(part.keys() ^ parts[0].keys())
-                raise CheckpointError(
-                    f"{self.path}: '{files[0][0]}' and '{match[0]}' should hold pieces of the same tensors, but only "
-                    f"one has '{name}'"
-                )
-        pieces = {name: [part[name] for part in parts] for name in parts[0]}
-        for name, (first, *others) in pieces.items():
-            if any(other.shape != first.shape or other.kind != first.kind for other in others):
-                raise CheckpointError(f"{self.path}: the pieces of tensor '{name}' differ in shape or dtype")
-        return pieces
+        return by_name(self.origin, [TorchFile(self.path / match[0]).tensors() for match in files])
 
-    def _axis(self, name: str, piece: Shape, count: int) -> int | None:
-        """The axis along which the pieces of a tensor are joined, or `None` when each is the whole."""
-        if count == 1 or len(piece) != 2:
+    def cut_axis(self, name: str, piece: Shape) -> int | None:
+        """See `Pieces.cut_axis`."""
+        if len(piece) != 2:
             return None
         if name == "tok_embeddings.weight":
             # Llama 1 and 2 cut the width, 3 the vocabulary.
-            return 1 if piece[1] * count == self._params["dim"] else 0
+            return 1 if piece[1] * len(self.pieces[name]) == self._params["dim"] else 0
         return 0 if name.endswith(_CUT_ROWS) else 1 if name.endswith(_CUT_COLUMNS) else None
-
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor by name, its pieces put together."""
-        return {name: self._shape(name) for name in self.pieces}
-
-    def _shape(self, name: str) -> Shape:
-        pieces = self.pieces[name]
-        axis = self._axis(name, pieces[0].shape, len(pieces))
-        return tuple(size * (len(pieces) if i == axis else 1) for i, size in enumerate(pieces[0].shape))
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """The dtype of one tensor as safetensors spells it, and its size in bytes.
-
-        Raises:
-          CheckpointError: the dtype is not read; it is named.
-        """
-        pieces = self.pieces[name]
-        check_kind(pieces[0].kind, f"{pieces[0].path}: tensor '{name}'")
-        return pieces[0].kind, pieces[0].nbytes * len(pieces)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in memory of its own, as stored.
-
-        Raises:
-          CheckpointError: a file is missing or was damaged since its header was read.
-        """
-        pieces = self.pieces[name]
-        axis = self._axis(name, pieces[0].shape, len(pieces))
-        if axis is None:
-            return pieces[0].read()
-        whole = aligned_empty(self._shape(name), FLOATS[pieces[0].kind])
-        for piece, part in zip(pieces, np.split(whole, len(pieces), axis), strict=True):
-            piece.read(part)
-        return whole
 
     @functools.cached_property
     def _params(self) -> dict[str, Any]:
