@@ -11,12 +11,24 @@ if TYPE_CHECKING:
     from dsjax.config import ModelConfig as ModelConfig
     from dsjax.config import Patches as Patches
     from dsjax.config import RopeScaling as RopeScaling
+    from dsjax.deepspeed import default_inference_config as default_inference_config
+    from dsjax.deepspeed import init_inference as init_inference
     from dsjax.encoding import encode as encode
     from dsjax.encoding import encode_image as encode_image
+    from dsjax.engine import CompletionOutput as CompletionOutput
+    from dsjax.engine import Engine as Engine
+    from dsjax.engine import Logprob as Logprob
+    from dsjax.engine import RequestMetrics as RequestMetrics
+    from dsjax.engine import RequestOutput as RequestOutput
+    from dsjax.engine import SamplingParams as SamplingParams
+    from dsjax.engine import SchedulingError as SchedulingError
+    from dsjax.engine import SchedulingResult as SchedulingResult
     from dsjax.errors import CheckpointError as CheckpointError
     from dsjax.errors import ConfigError as ConfigError
     from dsjax.errors import DsjaxError as DsjaxError
+    from dsjax.errors import EngineError as EngineError
     from dsjax.errors import ParameterError as ParameterError
+    from dsjax.errors import QueueFullError as QueueFullError
     from dsjax.errors import RequestError as RequestError
     from dsjax.generation import Generation as Generation
     from dsjax.generation import generate as generate
@@ -45,8 +57,27 @@ if TYPE_CHECKING:
 _CONTENTS = {
     "dsjax.checkpoint": ("restore", "save"),
     "dsjax.config": ("Experts", "Latent", "ModelConfig", "Patches", "RopeScaling"),
+    "dsjax.deepspeed": ("default_inference_config", "init_inference"),
     "dsjax.encoding": ("encode", "encode_image"),
-    "dsjax.errors": ("DsjaxError", "CheckpointError", "ConfigError", "ParameterError", "RequestError"),
+    "dsjax.engine": (
+        "CompletionOutput",
+        "Engine",
+        "Logprob",
+        "RequestMetrics",
+        "RequestOutput",
+        "SamplingParams",
+        "SchedulingError",
+        "SchedulingResult",
+    ),
+    "dsjax.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DsjaxError",
+        "EngineError",
+        "ParameterError",
+        "QueueFullError",
+        "RequestError",
+    ),
     "dsjax.generation": ("Generation", "generate"),
     "dsjax.params": ("Params", "abstract", "init", "prepare"),
     "dsjax.quantization": ("QuantizedArray",),

@@ -211,11 +211,9 @@ def _setup(args: argparse.Namespace) -> tuple[str, str | None]:
     """Turn on the cache of compiled programs; returns `dtype` and `quantize` for `dsjax.load`."""
     import jax
 
-    from policies.sources import hub
+    from dsjax.program_cache import keep_programs
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs()
     on_cpu = jax.default_backend() == "cpu"
     dtype, quantize = args.dtype, args.quantize
     if dtype == "auto":

@@ -19,3 +19,11 @@ class ParameterError(DsjaxError, ValueError):
 
 class RequestError(DsjaxError, ValueError):
     """A generation request that can not be served as given."""
+
+
+class EngineError(DsjaxError, RuntimeError):
+    """An engine can not do what it is asked to, or a step of it failed."""
+
+
+class QueueFullError(RequestError):
+    """So many requests wait that the engine takes no more."""

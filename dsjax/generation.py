@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.config import ModelConfig
+from dsjax.layers.linear import head
 from dsjax.params import Params
+from dsjax.ragged.batch import RaggedBatch
 from dsjax.ragged.page_table import PageTable
 from dsjax.ragged.pages import KVPages
 from dsjax.ragged.schedule import admit, advance, has_prompts, plan, unfinished
-from dsjax.ragged.state import Counters, Finish, Outputs, Queue, Slots, State, slot_sequences
+from dsjax.ragged.state import FREE, Counters, Emitted, Finish, Outputs, Queue, Ranked, Slots, State, slot_sequences
 from dsjax.request import Capacity, request
-from dsjax.sampling import sample
-from dsjax.transformer import forward
+from dsjax.sampling import sample, top_logprobs
+from dsjax.transformer import SCORE_ROWS, forward, ragged_rows
 from pallas_kernels.dispatch import prefers_kernels
 
 
@@ -39,7 +42,7 @@ def start(params: Params, queue: Queue, capacity: Capacity) -> State:
     return State(
         pages=KVPages.zeros(params.config, capacity.pages, capacity.page_size, capacity.kv_dtype),
         table=PageTable.empty(capacity.slots, capacity.pages_per_slot, capacity.pages),
-        slots=Slots(jnp.full(capacity.slots, -1, jnp.int32), jnp.zeros(capacity.slots, jnp.int32)),
+        slots=Slots(jnp.full(capacity.slots, FREE, jnp.int32), jnp.zeros(capacity.slots, jnp.int32)),
         outputs=Outputs(
             tokens=jnp.zeros(room, jnp.int32),
             logprobs=jnp.zeros(room, jnp.float32),
@@ -47,7 +50,7 @@ def start(params: Params, queue: Queue, capacity: Capacity) -> State:
             lengths=jnp.zeros(sequences, jnp.int32),
             finish=jnp.where(queue.limits > 0, Finish.RUNNING, Finish.LENGTH).astype(jnp.int32),
         ),
-        counters=Counters(*(jnp.zeros((), jnp.int32) for _ in range(3))),
+        counters=Counters.zero(),
     )
 
 
@@ -58,7 +61,10 @@ def step(
     num_tokens: int,
     max_q_len: int | None = None,
     implementation: str | None = None,
-) -> State:
+    *,
+    split_fuse: bool = True,
+    alternatives: int | None = None,
+) -> tuple[State, Emitted]:
     """One pass: plan, forward, sample, advance.
 
     Args:
@@ -68,14 +74,72 @@ def step(
       num_tokens: tokens in the batch, at least the number of slots.
       max_q_len: 1 for a step that only decodes.
       implementation: backend of the kernels; see `forward`.
+      split_fuse: see `plan`.
+      alternatives: also rank generated and prompt tokens, beside so many of the likeliest, for requests that want it.
 
     Returns:
-      The next state.
+      The next state, and the tokens that came.
     """
+    state, batch, logits, ranked_prompt = propose(
+        params,
+        queue,
+        state,
+        num_tokens,
+        max_q_len,
+        implementation,
+        split_fuse=split_fuse,
+        alternatives=alternatives,
+    )
+    state, emitted = settle(params.config, queue, state, batch, logits, alternatives)
+    return state, dataclasses.replace(emitted, **ranked_prompt)
+
+
+def propose(
+    params: Params,
+    queue: Queue,
+    state: State,
+    num_tokens: int,
+    max_q_len: int | None,
+    implementation: str | None,
+    *,
+    split_fuse: bool,
+    alternatives: int | None,
+) -> tuple[State, RaggedBatch, jax.Array, dict[str, Any]]:
+    """The first half of `step`: the batch and the model's logits for it, `float32[S, V]`."""
     with jax.named_scope("plan"):
         # On a CPU a second pass of attention costs more, to compile and to run, than reading a prefix again.
-        state, batch = plan(queue, state, num_tokens, max_q_len, shares=prefers_kernels(implementation))
-    logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
+        shares = prefers_kernels(implementation)
+        state, batch = plan(queue, state, num_tokens, max_q_len, shares=shares, split_fuse=split_fuse)
+    if alternatives is None or max_q_len == 1:
+        logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
+        return dataclasses.replace(state, pages=pages), batch, logits, {}
+    rows, pages = ragged_rows(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
+    logits = head(rows[batch.logit_rows], params, params.config)
+    with jax.named_scope("rank_prompt"):
+        ranked = _rank_prompt(params, queue, state, batch, rows, alternatives)
+    return dataclasses.replace(state, pages=pages), batch, logits, ranked
+
+
+def settle(
+    config: ModelConfig,
+    queue: Queue,
+    state: State,
+    batch: RaggedBatch,
+    logits: jax.Array,
+    alternatives: int | None = None,
+    changed: jax.Array | None = None,
+) -> tuple[State, Emitted]:
+    """The second half of `step`: sample, and take in what was sampled.
+
+    Args:
+      config: the model's.
+      queue: the requests.
+      state: as planned.
+      batch: what was computed.
+      logits: the model's, `float32[S, V]`.
+      alternatives: see `step`.
+      changed: logits to sample from, if they are not the model's.
+    """
     with jax.named_scope("sample"):
         sequence = slot_sequences(state.slots, queue.prompt.shape[0])
         prompt = queue.prompt.at[sequence].get(mode="clip")
@@ -83,15 +147,74 @@ def step(
         keys = queue.keys[prompt]
         for index in (queue.sample.at[sequence].get(mode="clip"), generated):
             keys = jax.vmap(jax.random.fold_in)(keys, index)
-        drawn = sample(
-            logits,
+        vocab = logits.shape[-1]
+        token, *drawn = sample(
+            logits if changed is None else changed,
             jax.tree.map(lambda setting: setting[prompt], queue.sampling),
             keys,
-            functools.partial(_history, queue, state.outputs, sequence, logits.shape[-1]),
+            functools.partial(_history, queue, state.outputs, sequence, vocab),
             with_distribution=state.outputs.sampling_logprobs is not None,
+            generated=generated,
+            stop_ids=queue.stop_ids[prompt],
+            new_tokens=functools.partial(_new_tokens, state.outputs, sequence, vocab),
+            own=logits,
         )
+    ranked = None
+    if alternatives is not None and queue.wants_alternatives is not None:
+        with jax.named_scope("rank"):
+            wants = queue.wants_alternatives[prompt] & (sequence < queue.prompt.shape[0])
+            ranked = _ranked(logits, token, alternatives, wants)
     with jax.named_scope("advance"):
-        return advance(queue, state, batch, pages, *drawn)
+        state, emitted = advance(queue, state, batch, state.pages, token, *drawn, window=config.shared_window)
+    return state, dataclasses.replace(emitted, ranked=ranked)
+
+
+def _ranked(logits: jax.Array, token: jax.Array, count: int, wants: jax.Array) -> Ranked:
+    """Where tokens stand among all; zeros where no row wants to know."""
+    rows = logits.shape[0]
+
+    def rank(logits):
+        ids, logprobs, place = top_logprobs(logits, token, count)
+        chosen = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        return Ranked(chosen, place, ids, logprobs)
+
+    def nothing(_):
+        zeros = jnp.zeros((rows, count))
+        return Ranked(zeros[:, 0], jnp.zeros(rows, jnp.int32), zeros.astype(jnp.int32), zeros)
+
+    return lax.cond(jnp.any(wants), rank, nothing, logits)
+
+
+def _rank_prompt(params: Params, queue: Queue, state: State, batch: RaggedBatch, rows, count: int) -> dict[str, Any]:
+    """Log-probabilities of the prompt tokens that follow those in the batch, a block of rows at a time."""
+    assert queue.wants_prompt is not None
+    sequence = slot_sequences(state.slots, queue.prompt.shape[0])
+    owner = sequence.at[batch.slot_of_token].get(mode="fill", fill_value=queue.prompt.shape[0])
+    prompt = queue.prompt.at[owner].get(mode="fill", fill_value=0)
+    following = batch.positions + 1
+    wants = (owner < queue.prompt.shape[0]) & queue.wants_prompt[prompt] & (following < queue.lengths[prompt])
+    token = queue.tokens.at[queue.offsets[prompt] + following].get(mode="clip")
+    size = min(SCORE_ROWS, rows.shape[0])
+    padding = -rows.shape[0] % size
+
+    def block(part):
+        x, token, wants = part
+        return _ranked(head(x, params, params.config), token, count, wants)
+
+    blocks = [
+        jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+        for x in (rows, token, wants)
+    ]
+    ranked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: rows.shape[0]], lax.map(block, tuple(blocks)))
+    place = jnp.stack([jnp.where(wants, owner, queue.prompt.shape[0]), following], axis=1)
+    return {"prompt_place": place, "prompt_ranked": ranked}
+
+
+def _new_tokens(outputs: Outputs, sequence: jax.Array, vocab: int) -> jax.Array:
+    """Generated tokens of each slot, `int32[S, C]`, `vocab` where there is none."""
+    tokens = outputs.tokens.at[sequence].get(mode="clip")
+    written = jnp.arange(tokens.shape[1]) < outputs.lengths.at[sequence].get(mode="clip")[:, None]
+    return jnp.where(written, tokens, vocab)
 
 
 def _history(queue: Queue, outputs: Outputs, sequence: jax.Array, vocab: int) -> jax.Array:
@@ -101,14 +224,13 @@ def _history(queue: Queue, outputs: Outputs, sequence: jax.Array, vocab: int) ->
     place = jnp.arange(room)
     prompt_tokens = queue.tokens.at[queue.offsets[prompt][:, None] + place].get(mode="clip")
     prompt_tokens = jnp.where(place < queue.lengths[prompt][:, None], prompt_tokens, vocab)
-    new_tokens = outputs.tokens.at[sequence].get(mode="clip")
-    written = jnp.arange(new_tokens.shape[1]) < outputs.lengths.at[sequence].get(mode="clip")[:, None]
-    return jnp.concatenate([prompt_tokens, jnp.where(written, new_tokens, vocab)], axis=1)
+    return jnp.concatenate([prompt_tokens, _new_tokens(outputs, sequence, vocab)], axis=1)
 
 
 def mixed_step(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
     """A pass with room for prompts, then admission, so that slots and prompts that it freed are used by the next."""
-    return admit(queue, step(params, queue, state, capacity.token_budget, implementation=capacity.implementation))
+    state, _ = step(params, queue, state, capacity.token_budget, implementation=capacity.implementation)
+    return admit(queue, state, params.config.shared_window)
 
 
 def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
@@ -118,9 +240,9 @@ def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity)
     """
 
     def body(_, state):
-        return step(params, queue, state, capacity.slots, max_q_len=1, implementation=capacity.implementation)
+        return step(params, queue, state, capacity.slots, max_q_len=1, implementation=capacity.implementation)[0]
 
-    return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state))
+    return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state), params.config.shared_window)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

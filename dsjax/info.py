@@ -21,6 +21,7 @@ from policies.loading import Checkpoint, open_checkpoint
 from policies.sources import hub
 from policies.sources.gguf import GgufFile
 
+PAGE_SIZE = 64  # tokens, the engine's default
 _PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 
@@ -172,15 +173,15 @@ def _loaded_bytes(part: Stored, dtype: str, quantize: str | None) -> int:
 def _plan(config: ModelConfig, parts: list[Stored], dtype: str, quantize: str | None) -> Iterator[str]:
     name, total = memory.available()
     loaded = sum(_loaded_bytes(part, dtype, quantize) for part in parts)
-    plan = memory.Plan(total, loaded, memory.kv_bytes(config, dtype))
+    budget, token = int(total * memory.USABLE), memory.kv_bytes(config, dtype)
+    pages = memory.pages_that_fit(budget, loaded, token * PAGE_SIZE)
     how = {None: "", "none": ", dequantized"}.get(quantize, f", quantized to {quantize}")
     yield _line("memory", f"{readable(total)} on {name}, of which {memory.USABLE:.0%} may be used")
     yield _line("weights", f"{readable(loaded)} in {dtype}{how}")
-    yield _line("keys, values", f"{readable(plan.token)} a token, {readable(plan.token * plan.page_size)} a page")
-    if loaded > total * memory.USABLE:
+    yield _line("keys, values", f"{readable(token)} a token, {readable(token * PAGE_SIZE)} a page")
+    if loaded > budget:
         yield _line("pages", "none: the weights alone do not fit")
     else:
-        texts = plan.tokens / config.max_context
-        yield _line(
-            "pages", f"{plan.pages:,} of {plan.page_size} tokens: {plan.tokens:,} tokens, {texts:,.1f} full contexts"
-        )
+        tokens = pages * PAGE_SIZE
+        texts = tokens / config.max_context
+        yield _line("pages", f"{pages:,} of {PAGE_SIZE} tokens: {tokens:,} tokens, {texts:,.1f} full contexts")

@@ -1,6 +1,5 @@
 """How much memory there is, how much was used, and how many pages fit beside a model."""
 
-import dataclasses
 import os
 import resource
 import sys
@@ -12,34 +11,12 @@ import jax.numpy as jnp
 
 from dsjax.config import ModelConfig
 
-USABLE = 0.9  # of a memory; the rest is for temporaries, programs, and whoever else uses it
+USABLE = 0.9  # of a memory; the rest is for programs, gaps, and whoever else uses it
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a memory is divided while a model runs in it; sizes in bytes.
-
-    Attributes:
-      memory: all there is.
-      weights: the parameters in the form that runs.
-      token: keys and values of one token in all layers.
-      page_size: tokens a page.
-    """
-
-    memory: int
-    weights: int
-    token: int
-    page_size: int = 64
-
-    @property
-    def pages(self) -> int:
-        """Pages that fit beside the weights; 0 also when the weights alone do not fit."""
-        return max(0, int(self.memory * USABLE) - self.weights) // (self.token * self.page_size)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that these pages hold."""
-        return self.pages * self.page_size
+def pages_that_fit(budget: int, taken: int, page: int) -> int:
+    """Pages in what is left of a budget; 0 also where what is taken does not fit itself."""
+    return max(0, budget - taken) // page
 
 
 def kv_bytes(config: ModelConfig, dtype: Any) -> int:
@@ -49,9 +26,13 @@ def kv_bytes(config: ModelConfig, dtype: Any) -> int:
     return config.num_layers * values * jnp.dtype(dtype).itemsize
 
 
-def available() -> tuple[str, int]:
-    """The memory that models run in, by name and in bytes: of the first device, or of this machine or container."""
-    device = jax.devices()[0]
+def available(device: Any = None) -> tuple[str, int]:
+    """The memory that models run in, by name and in bytes: of a device, or of this machine or container.
+
+    Args:
+      device: a `jax.Device`; `None` for the first.
+    """
+    device = device or jax.devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return device.device_kind, stats["bytes_limit"]
@@ -61,6 +42,11 @@ def available() -> tuple[str, int]:
     except (OSError, ValueError):  # no control group, or its limit is the word "max"
         pass
     return f"this machine ({device.platform})", total
+
+
+def in_use(device: jax.Device) -> int:
+    """Bytes of a device's memory that arrays of this process hold; 0 where it does not tell."""
+    return (device.memory_stats() or {}).get("bytes_in_use", 0)
 
 
 def peak() -> tuple[int, int | None]:

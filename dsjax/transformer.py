@@ -164,8 +164,32 @@ def forward(
     Raises:
       ConfigError: the model is an encoder, so nothing can be generated, or `batch` lacks lengths that it needs.
     """
+    params.config.require_head()
+    x, update, pages = _ragged_layers(params, batch, pages, max_q_len, implementation)
+    with jax.named_scope("head"):
+        if update is not None:
+            update = update[0][..., batch.logit_rows, :], update[1]
+        x = _final(x[..., batch.logit_rows, :], update, params)
+        return head(x, params, params.config), pages
+
+
+def ragged_rows(
+    params: Params,
+    batch: RaggedBatch,
+    pages: KVPages,
+    *,
+    max_q_len: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T D"], KVPages]:
+    """Hidden states of all tokens of a ragged batch as they enter the head; else as `forward`."""
+    x, update, pages = _ragged_layers(params, batch, pages, max_q_len, implementation)
+    with jax.named_scope("head"):
+        return _final(x, update, params), pages
+
+
+def _ragged_layers(params: Params, batch: RaggedBatch, pages: KVPages, max_q_len, implementation):
+    """The residual stream after all layers, what is still to be added to it, and the pages."""
     config = params.config
-    config.require_head()
     lengths = None
     if config.scales_by_length:
         if batch.final_lens is None:
@@ -202,11 +226,7 @@ def forward(
                 implementation=implementation,
             )
             written.append(of_layer)
-    with jax.named_scope("head"):
-        if update is not None:
-            update = update[0][..., batch.logit_rows, :], update[1]
-        x = _final(x[..., batch.logit_rows, :], update, params)
-        return head(x, params, config), KVPages.of_layers(written)
+    return x, update, KVPages.of_layers(written)
 
 
 def _final(x, update: Update, params: Params):

@@ -12,15 +12,16 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from dsjax.ragged.batch import RaggedBatch
-from dsjax.ragged.page_table import PageTable
+from dsjax.ragged.page_table import NEVER, PageTable
 from dsjax.ragged.pages import KVPages
-from dsjax.ragged.state import Finish, Outputs, Queue, Slots, State, known_tokens, slot_sequences
+from dsjax.ragged.prefix import Prefixes
+from dsjax.ragged.state import FREE, Emitted, Finish, Outputs, Queue, Slots, State, known_tokens, slot_sequences
+from pallas_kernels.dispatch import current_gpu
 from pallas_kernels.ragged_paged_attention import shared_prefixes
-
-NEVER = jnp.iinfo(jnp.int32).max
 
 
 def pages_for(tokens, page_size: int):
@@ -37,7 +38,9 @@ def pending_tokens(queue: Queue, state: State) -> Int[Array, "S"]:
     """Known tokens of each slot whose keys are not written: 1 while it decodes, more while its prompt is read."""
     known = known_tokens(queue, state.outputs)
     sequence = slot_sequences(state.slots, known.shape[0])
-    return known.at[sequence].get(mode="fill", fill_value=0) - state.slots.context
+    return known.at[sequence].get(mode="fill", fill_value=0) - jnp.where(
+        state.slots.sequence < 0, 0, state.slots.context
+    )
 
 
 def has_prompts(queue: Queue, state: State) -> jax.Array:
@@ -45,72 +48,162 @@ def has_prompts(queue: Queue, state: State) -> jax.Array:
     return jnp.any(pending_tokens(queue, state) > 1)
 
 
-def admit(queue: Queue, state: State) -> State:
+def admit(queue: Queue, state: State, window: int | None = None) -> State:
     """Move waiting sequences into free slots, as many as slots and pages allow, in order.
 
     The first sample of a prompt reads it. Others wait until it has, then share its full pages by reference, get a copy
     of the page that they will write to, and begin at the prompt's last token, whose logits they need. A sequence that
-    came back from preemption is treated alike.
+    came back from preemption is treated alike. With prefix caching a sequence also begins behind the pages that hold
+    the beginning of its text, and waits while a running one writes the next of them.
+
+    Args:
+      queue: the requests.
+      state: its pages and slots are given out.
+      window: keys that any layer looks back at, `None` for all.
+    """
+    num_slots, num_sequences = state.slots.sequence.shape[0], queue.prompt.shape[0]
+    sequence = slot_sequences(state.slots, num_sequences)
+    running = jnp.zeros(num_sequences, bool).at[sequence].set(True, mode="drop")
+    waiting = ~running & (state.outputs.finish == Finish.RUNNING)
+    page_size = state.pages.page_size
+    copies = jnp.zeros(min(num_slots, num_sequences), jnp.int32)
+
+    def choose(state):
+        return _choose(queue, state, waiting, window, page_size)
+
+    if current_gpu() is None:
+        nothing = (state.table, state.slots, state.prefixes, (copies, copies, jnp.zeros((), jnp.int32)))
+        chosen = lax.cond(
+            jnp.any(waiting) & jnp.any(state.slots.sequence == FREE),
+            choose,
+            lambda _: nothing,
+            replace(state, pages=None),
+        )
+    else:
+        chosen = choose(replace(state, pages=None))
+    table, slots, prefixes, copied = chosen
+    return replace(state, pages=state.pages.copy(*copied), table=table, slots=slots, prefixes=prefixes)
+
+
+def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, page_size: int):
+    """Which of the waiting sequences go where.
+
+    Returns:
+      Page table, slots and keys with those in, and the pages to copy: sources, targets, how many.
     """
     table, slots, outputs = state.table, state.slots, state.outputs
     (num_slots, pages_per_slot), total_pages = table.table.shape, table.ref_counts.shape[0]
     num_prompts, num_sequences = queue.lengths.shape[0], queue.prompt.shape[0]
-    page_size = state.pages.page_size
-    slot_ids = jnp.arange(num_slots)
+    slot_ids, column = jnp.arange(num_slots), jnp.arange(pages_per_slot)
 
+    # For each prompt: a slot that has read it (the donor), whether one reads it, and its first waiting sequence.
     sequence = slot_sequences(slots, num_sequences)
-    running = jnp.zeros(num_sequences, bool).at[sequence].set(True, mode="drop")
-    waiting = ~running & (outputs.finish == Finish.RUNNING)
-
-    # For each prompt: a slot that has read it (the donor), whether any slot runs it, and its first waiting sequence.
     slot_prompt = queue.prompt.at[sequence].get(mode="fill", fill_value=num_prompts)
-    has_read = slots.context >= queue.lengths.at[slot_prompt].get(mode="fill", fill_value=NEVER) - 1
-    donor_of_prompt = jnp.full(num_prompts, -1).at[slot_prompt].max(jnp.where(has_read, slot_ids, -1), mode="drop")
-    is_run = jnp.zeros(num_prompts, bool).at[slot_prompt].set(True, mode="drop")
+    length = queue.lengths.at[slot_prompt].get(mode="fill", fill_value=NEVER)
+    has_read = slots.context >= length - 1
+    gives = has_read
+    if window is not None:  # the first page that the prompt's last token sees must not have been given back
+        first_seen = jnp.maximum(length - window, 0) // page_size
+        gives &= (first_seen + 1) * page_size > slots.context - window + 1
+    donor_of_prompt = jnp.full(num_prompts, -1).at[slot_prompt].max(jnp.where(gives, slot_ids, -1), mode="drop")
+    is_read = jnp.zeros(num_prompts, bool).at[slot_prompt].max(~has_read, mode="drop")
     first = jnp.full(num_prompts, NEVER).at[queue.prompt].min(jnp.where(waiting, queue.order, NEVER))
     has_donor = donor_of_prompt[queue.prompt] >= 0
-    leads = ~is_run[queue.prompt] & (queue.order == first[queue.prompt])
+    leads = ~is_read[queue.prompt] & (queue.order == first[queue.prompt])
     eligible = waiting & (has_donor | leads)
 
     # Candidates in order, one for each free slot.
     count = min(num_slots, num_sequences)
     candidate = jnp.argsort(jnp.where(eligible, queue.order, NEVER))[:count]
     prompt_len = queue.lengths[queue.prompt[candidate]]
+    known = known_tokens(queue, outputs)
     donor = donor_of_prompt[queue.prompt[candidate]]
     forks = donor >= 0
-    held = pages_for(known_tokens(queue, outputs)[candidate], page_size)
-    shared = jnp.where(forks, (prompt_len - 1) // page_size, 0)
-    new = jnp.where(eligible[candidate], held - shared, 0)
-    free_slot = jnp.nonzero(slots.sequence < 0, size=count, fill_value=num_slots)[0]
-    company = jnp.sum(slots.sequence >= 0) + jnp.arange(count)
-    fits = jnp.cumsum(new) + company <= table.num_free
-    admitted = jnp.cumprod(eligible[candidate] & fits & (free_slot < num_slots)).astype(bool)
-
-    # Rows of pages: the donor's first `shared`, then new ones from the free list.
-    column = jnp.arange(pages_per_slot)
     donor_row = table.table[jnp.maximum(donor, 0)]
-    place = (jnp.cumsum(new) - new - shared)[:, None] + column
-    fresh = table.free_list(total_pages).at[place].get(mode="fill", fill_value=total_pages)
-    rows = jnp.where(column < shared[:, None], donor_row, fresh)
-    rows = jnp.where(column < held[:, None], rows, total_pages)
+    shared = jnp.where(forks, (prompt_len - 1) // page_size, 0)
+    shared_row = jnp.where(column < shared[:, None], donor_row, total_pages)
+    wants = eligible[candidate]
+    prefixes = state.prefixes
+    if prefixes is not None:
+        found, found_row = _find(prefixes, table, candidate, known, window, page_size)
+        found = jnp.where(forks, 0, found)
+        shared = jnp.where(forks, shared, found)
+        shared_row = jnp.where(forks[:, None], shared_row, found_row)
+        # Who runs, or comes before, and will write the page that is to be found next.
+        others = jnp.concatenate([sequence, jnp.where(wants, candidate, num_sequences)])
+        theirs = prefixes.of_text.at[others[None, :], found[:, None]].get(mode="fill", fill_value=0)
+        same = jnp.all(theirs == prefixes.of_text[candidate, jnp.minimum(found, pages_per_slot - 1)][:, None], axis=-1)
+        ends = (found + 1) * page_size
+        same &= known.at[others].get(mode="fill", fill_value=0) >= ends[:, None]
+        will_write = jnp.concatenate(
+            [slots.context < ends[:, None], jnp.arange(count) < jnp.arange(count)[:, None]], axis=1
+        )
+        wants &= forks | (ends > known[candidate] - 1) | ~jnp.any(same & will_write, axis=1)
+    held = pages_for(known[candidate], page_size)
+    # Pages that are found free are taken from the free ones too.
+    revived = jnp.sum(table.ref_counts.at[shared_row].get(mode="fill", fill_value=1) == 0, axis=1)
+    new = jnp.where(wants, held - shared, 0)
+    place = jnp.cumsum(wants) - 1
+    free_slot = jnp.nonzero(slots.sequence == FREE, size=count, fill_value=num_slots)[0][place]
+    company = jnp.sum(slots.sequence >= 0) + place
+    fits = jnp.cumsum(jnp.where(wants, new + revived, 0)) + company <= table.num_free
+    admitted = wants & jnp.cumprod(~wants | (fits & (free_slot < num_slots))).astype(bool)
+
+    # Rows of pages: first the shared ones, then new ones from the free list.
+    shared_row = jnp.where(admitted[:, None], shared_row, total_pages)
+    taken = replace(table, ref_counts=table.ref_counts.at[shared_row].add(1, mode="drop"))
+    is_new = (column >= shared[:, None]) & (column < held[:, None]) & admitted[:, None]
+    index = (jnp.cumsum(new) - new - shared)[:, None] + column
+    fresh = taken.free_list(total_pages).at[index].get(mode="fill", fill_value=total_pages)
+    rows = jnp.where(is_new, fresh, shared_row)
     target = jnp.where(admitted, free_slot, num_slots)
 
     # The page that a fork will write to begins with prompt tokens of the donor's, unless it begins at the last token.
     copies = admitted & forks & ((prompt_len - 1) % page_size > 0)
     copied_first = jnp.argsort(~copies)
-    source_page, target_page = (jnp.take_along_axis(part, shared[:, None], axis=1)[:, 0] for part in (donor_row, rows))
-    pages = state.pages.copy(source_page[copied_first], target_page[copied_first], jnp.sum(copies))
-
-    return State(
-        pages=pages,
-        table=table.assign(target, rows),
-        slots=Slots(
-            sequence=slots.sequence.at[target].set(candidate.astype(jnp.int32), mode="drop"),
-            context=slots.context.at[target].set(jnp.where(forks, prompt_len - 1, 0), mode="drop"),
-        ),
-        outputs=outputs,
-        counters=state.counters,
+    at = jnp.minimum((prompt_len - 1) // page_size, pages_per_slot - 1)[:, None]
+    source_page, target_page = (jnp.take_along_axis(part, at, axis=1)[:, 0] for part in (donor_row, rows))
+    if prefixes is not None:
+        looked = admitted & ~forks
+        prefixes = replace(
+            prefixes,
+            found=prefixes.found + jnp.sum(jnp.where(looked, found * page_size, 0), dtype=jnp.int32),
+            asked=prefixes.asked + jnp.sum(jnp.where(looked, known[candidate], 0), dtype=jnp.int32),
+        )
+    begin = jnp.where(forks, prompt_len - 1, shared * page_size)
+    slots = Slots(
+        sequence=slots.sequence.at[target].set(candidate.astype(jnp.int32), mode="drop"),
+        context=slots.context.at[target].set(begin, mode="drop"),
     )
+    table = table.assign(target, rows, held, is_new)
+    return (
+        table,
+        slots,
+        prefixes,
+        (source_page[copied_first], target_page[copied_first], jnp.sum(copies, dtype=jnp.int32)),
+    )
+
+
+def _find(prefixes: Prefixes, table: PageTable, candidate, known, window: int | None, page_size: int):
+    """Pages that hold the beginnings of texts.
+
+    The last known token is always computed, since its logits are wanted. Behind a window only the pages that can still
+    be seen have to be there.
+
+    Returns:
+      `int32[C]`, how many pages each may skip, and `int32[C, M]`, those among them to be read, else `P`.
+    """
+    columns, total = table.table.shape[1], table.ref_counts.shape[0]
+    column = jnp.arange(columns)
+    assert table.contents is not None
+    page = prefixes.lookup(table.contents, prefixes.of_text[candidate])
+    present = (page < total) & (column < ((known[candidate] - 1) // page_size)[:, None])
+    run_begin = lax.cummax(jnp.where(present, 0, column + 1), axis=1)
+    back = columns if window is None else pages_for(window - 1, page_size)
+    enough = column + 1 - run_begin >= jnp.minimum(column + 1, back)
+    found = jnp.max(jnp.where(enough & present, column + 1, 0), axis=1)
+    read = (column < found[:, None]) & (column >= found[:, None] - back)
+    return found.astype(jnp.int32), jnp.where(read, page, total)
 
 
 def _grow(table: PageTable, needy: jax.Array, active: jax.Array, order: jax.Array):
@@ -130,7 +223,12 @@ def _grow(table: PageTable, needy: jax.Array, active: jax.Array, order: jax.Arra
 
 
 def plan(
-    queue: Queue, state: State, num_tokens: int, max_q_len: int | None = None, shares: bool = False
+    queue: Queue,
+    state: State,
+    num_tokens: int,
+    max_q_len: int | None = None,
+    shares: bool = False,
+    split_fuse: bool = True,
 ) -> tuple[State, RaggedBatch]:
     """Decide what the next forward pass computes.
 
@@ -140,6 +238,8 @@ def plan(
       num_tokens: tokens in the batch (T), at least the number of slots.
       max_q_len: most tokens a slot, 1 for a step that only decodes.
       shares: also find which slots begin with the same pages, for attention to read those once.
+      split_fuse: cut prompts into pieces, and compute them together with what decodes. Without, whole prompts go first,
+        alone; `num_tokens` must hold the longest.
 
     Returns:
       The state with pages granted and, if they ran out, the newest sequence preempted; and the batch.
@@ -154,13 +254,16 @@ def plan(
     table, preempted, paused = _grow(state.table, needy, active, order)
 
     slots = Slots(
-        sequence=jnp.where(preempted, -1, state.slots.sequence), context=jnp.where(preempted, 0, state.slots.context)
+        sequence=jnp.where(preempted, FREE, state.slots.sequence), context=jnp.where(preempted, 0, state.slots.context)
     )
     ready = jnp.where(active & ~preempted & ~paused, pending, 0)
     decoding = ready == 1
     reading = jnp.where(decoding, 0, ready)
+    if not split_fuse:
+        decoding &= ~jnp.any(reading > 0)
     left = num_tokens - jnp.sum(decoding) - jnp.sum(jnp.where(order < order[:, None], reading, 0), axis=1)
-    q_lens = jnp.where(decoding, 1, jnp.clip(left, 0, reading))
+    piece = jnp.clip(left, 0, reading) if split_fuse else jnp.where(left >= reading, reading, 0)
+    q_lens = jnp.where(decoding, 1, piece)
     if max_q_len is not None:
         q_lens = jnp.minimum(q_lens, max_q_len)
 
@@ -171,7 +274,8 @@ def plan(
     position = slots.context.at[slot].get(mode="clip") + row - cu_q_lens.at[slot].get(mode="clip")
     position = jnp.where(is_real, position, 0)
     kv_lens = jnp.where(q_lens > 0, slots.context + q_lens, 0)
-    shares &= num_sequences > queue.lengths.shape[0]  # several samples of a prompt hold the same pages of it
+    # Several samples of a prompt hold the same pages of it, and what prefix caching found is held by several prompts.
+    shares &= num_sequences > queue.lengths.shape[0] or state.prefixes is not None
     batch = RaggedBatch(
         tokens=jnp.where(is_real, _tokens_at(queue, state.outputs, sequence.at[slot].get(mode="clip"), position), 0),
         positions=position,
@@ -186,8 +290,13 @@ def plan(
     counters = state.counters
     kind = "decode_steps" if max_q_len == 1 else "mixed_steps"
     lost = jnp.sum(preempted, dtype=jnp.int32)
-    counters = replace(counters, preemptions=counters.preemptions + lost, **{kind: getattr(counters, kind) + 1})
-    return State(state.pages, table, slots, state.outputs, counters), batch
+    counters = replace(
+        counters,
+        preemptions=counters.preemptions + lost,
+        tokens=counters.tokens + cu_q_lens[-1],
+        **{kind: getattr(counters, kind) + 1},
+    )
+    return replace(state, table=table, slots=slots, counters=counters), batch
 
 
 def _tokens_at(queue: Queue, outputs: Outputs, sequence: jax.Array, position: jax.Array) -> jax.Array:
@@ -200,8 +309,15 @@ def _tokens_at(queue: Queue, outputs: Outputs, sequence: jax.Array, position: ja
 
 
 def advance(
-    queue: Queue, state: State, batch: RaggedBatch, pages: KVPages, token, logprob, sampling_logprob=None
-) -> State:
+    queue: Queue,
+    state: State,
+    batch: RaggedBatch,
+    pages: KVPages,
+    token,
+    logprob,
+    sampling_logprob=None,
+    window: int | None = None,
+) -> tuple[State, Emitted]:
     """Take in what a forward pass gave: append tokens, end sequences, give their pages back.
 
     Args:
@@ -212,36 +328,63 @@ def advance(
       token: `int32[S]`, the token sampled from each slot's last row; used only where that row was its last known token.
       logprob: `float32[S]`, its log-probability under the model.
       sampling_logprob: `float32[S]`, under the distribution sampled from, if the outputs keep that.
+      window: keys that any layer looks back at, `None` for all; pages further back are given back.
 
     Returns:
-      The state for the next step.
+      The state for the next step, and the tokens that were appended.
     """
     num_sequences = queue.prompt.shape[0]
-    slots, outputs = state.slots, state.outputs
+    slots, outputs, table, prefixes = state.slots, state.outputs, state.table, state.prefixes
+    page_size = pages.page_size
     q_lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
     sampled = (q_lens > 0) & (pending_tokens(queue, state) == q_lens)
     sequence = jnp.where(sampled, slots.sequence, num_sequences)
     generated = outputs.lengths.at[sequence].get(mode="fill", fill_value=0)
-    stop_ids = queue.stop_ids[queue.prompt.at[sequence].get(mode="clip")]
-    stopped = jnp.any(token[:, None] == stop_ids, axis=1)
+    prompt = queue.prompt.at[sequence].get(mode="clip")
+    stopped = jnp.any(token[:, None] == queue.stop_ids[prompt], axis=1)
     full = generated + 1 >= queue.limits.at[sequence].get(mode="fill", fill_value=NEVER)
     finish = jnp.where(stopped, Finish.STOP, jnp.where(full, Finish.LENGTH, Finish.RUNNING)).astype(jnp.int32)
     done = sampled & (finish != Finish.RUNNING)
+    context = slots.context + q_lens
+
+    if prefixes is not None and queue.salt is not None:
+        table, prefixes = _remember(slots, table, prefixes, batch, page_size)
+        position = queue.lengths[prompt] + generated
+        prefixes = prefixes.append(sequence, position, token, queue.salt[prompt], page_size)
+    if window is not None:
+        # The next query is at `context`, and sees keys from `context - window + 1` on.
+        unseen = (jnp.arange(table.table.shape[1]) + 1) * page_size <= (context - window + 1)[:, None]
+        table = table.give_back(unseen & (slots.sequence >= 0)[:, None])
 
     def append(kept, new):
-        return kept.at[sequence, generated].set(new.astype(kept.dtype), mode="drop")
+        return kept if kept is None else kept.at[sequence, generated].set(new.astype(kept.dtype), mode="drop")
 
-    used = outputs.sampling_logprobs
-    return State(
+    state = State(
         pages=pages,
-        table=state.table.release(done),
-        slots=Slots(sequence=jnp.where(done, -1, slots.sequence), context=jnp.where(done, 0, slots.context + q_lens)),
+        table=table.release(done),
+        slots=Slots(sequence=jnp.where(done, FREE, slots.sequence), context=jnp.where(done, 0, context)),
         outputs=Outputs(
             tokens=append(outputs.tokens, token),
             logprobs=append(outputs.logprobs, logprob),
-            sampling_logprobs=None if used is None else append(used, sampling_logprob),
+            sampling_logprobs=append(outputs.sampling_logprobs, sampling_logprob),
             lengths=outputs.lengths.at[sequence].add(1, mode="drop"),
             finish=outputs.finish.at[sequence].set(finish, mode="drop"),
         ),
         counters=state.counters,
+        prefixes=prefixes,
     )
+    return state, Emitted(sequence=sequence, token=token, logprob=logprob, finish=finish)
+
+
+def _remember(slots: Slots, table: PageTable, prefixes: Prefixes, batch: RaggedBatch, page_size: int):
+    """Note the texts of the pages that this batch filled."""
+    total = table.ref_counts.shape[0]
+    sequence = slot_sequences(slots, prefixes.of_text.shape[0])
+    owner = sequence.at[batch.slot_of_token].get(mode="fill", fill_value=prefixes.of_text.shape[0])
+    column = batch.positions // page_size
+    page = batch.page_table.at[batch.slot_of_token, column].get(mode="fill", fill_value=total)
+    page = jnp.where((batch.positions + 1) % page_size == 0, page, total)
+    keys = prefixes.of_text.at[owner, column].get(mode="fill", fill_value=0)
+    assert table.contents is not None
+    prefixes, contents = prefixes.insert(table.contents, page, keys)
+    return replace(table, contents=contents), prefixes

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsjax.ragged.page_table import PageTable
 from dsjax.ragged.pages import KVPages
+from dsjax.ragged.prefix import Prefixes
 
 
 class Finish(IntEnum):
@@ -21,6 +22,7 @@ class Finish(IntEnum):
     RUNNING = 0  # it has not
     STOP = 1  # it generated a stop id
     LENGTH = 2  # it reached its limit of new tokens, or the model's context
+    ABORTED = 3  # the engine took it back
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +34,15 @@ class Sampling:
     top_k: jax.Array  # int32[B], 0 is off
     top_p: jax.Array  # float32[B], 1 is off
     min_p: jax.Array  # float32[B], 0 is off
-    repetition_penalty: jax.Array  # float32[B], 1 is off
-    logit_bias: jax.Array | None  # float32[B, V]
+    repetition_penalty: jax.Array | None  # float32[B], 1 is off
+    logit_bias: jax.Array | None = None  # float32[B, V]
+    # What only some programs of the engine have; `None` where no request can ask for it.
+    presence_penalty: jax.Array | None = None  # float32[B], 0 is off
+    frequency_penalty: jax.Array | None = None  # float32[B], 0 is off
+    min_tokens: jax.Array | None = None  # int32[B], no stop id is drawn before so many
+    bias_ids: jax.Array | None = None  # int32[B, E], tokens whose logit is changed, -1 where there is none
+    bias_values: jax.Array | None = None  # float32[B, E], by how much
+    allowed: jax.Array | None = None  # uint32[B, ceil(V / 32)], a bit for each token that may be drawn
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +60,9 @@ class Queue:
     sample: jax.Array  # int32[Q], which sample of that prompt it is
     limits: jax.Array  # int32[Q], most tokens to generate
     order: jax.Array  # int32[Q], all different; the lowest is served first and preempted last
+    salt: jax.Array | None = None  # uint32[B], prompts with different ones share no pages; for prefix caching
+    wants_alternatives: jax.Array | None = None  # bool[B], the likeliest tokens beside each generated one
+    wants_prompt: jax.Array | None = None  # bool[B], log-probabilities of the prompt's own tokens
 
 
 @jax.tree_util.register_dataclass
@@ -59,10 +71,14 @@ class Outputs:
     """What came out so far."""
 
     tokens: jax.Array  # int32[Q, max_new_tokens]
-    logprobs: jax.Array  # float32[Q, max_new_tokens], under the model's own distribution
+    logprobs: jax.Array | None  # float32[Q, max_new_tokens], under the model's own distribution; if kept here
     sampling_logprobs: jax.Array | None  # float32[Q, max_new_tokens], under the distribution sampled from
     lengths: jax.Array  # int32[Q], tokens generated
     finish: jax.Array  # int32[Q], a `Finish`
+
+
+FREE = -1
+HELD = -2  # by a sequence that the scheduler knows nothing of: its caller says what is computed
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +86,7 @@ class Outputs:
 class Slots:
     """The places in a batch."""
 
-    sequence: jax.Array  # int32[S], -1 when free
+    sequence: jax.Array  # int32[S], or `FREE`, or `HELD`
     context: jax.Array  # int32[S], tokens whose keys are written
 
 
@@ -82,6 +98,12 @@ class Counters:
     mixed_steps: jax.Array  # int32, steps with room for prompts
     decode_steps: jax.Array  # int32, steps of one token a slot
     preemptions: jax.Array  # int32, sequences put back for want of pages
+    tokens: jax.Array  # int32, computed, those of prompts and those computed again included
+
+    @classmethod
+    def zero(cls) -> "Counters":
+        """Nothing done."""
+        return cls(*(jnp.zeros((), jnp.int32) for _ in dataclasses.fields(cls)))
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +116,32 @@ class State:
     slots: Slots
     outputs: Outputs
     counters: Counters
+    prefixes: Prefixes | None = None  # for prefix caching
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """Log-probabilities of chosen tokens beside those of the likeliest, under the model's own distribution."""
+
+    chosen: jax.Array  # float32[N]
+    rank: jax.Array  # int32[N], 1 for the likeliest
+    tokens: jax.Array  # int32[N, K], the likeliest first
+    logprobs: jax.Array  # float32[N, K]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What one step gave, slot by slot."""
+
+    sequence: jax.Array  # int32[S], that got a token, Q where none did
+    token: jax.Array  # int32[S]
+    logprob: jax.Array  # float32[S], under the model's own distribution
+    finish: jax.Array  # int32[S], a `Finish`
+    ranked: Ranked | None = None  # of the tokens, [S]
+    prompt_place: jax.Array | None = None  # int32[T, 2], sequence and position of each prompt token; Q where none
+    prompt_ranked: Ranked | None = None  # of these, [T]
 
 
 def slot_sequences(slots: Slots, num_sequences: int) -> jax.Array:
