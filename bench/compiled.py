@@ -100,7 +100,7 @@ def abstract_step(case: Case, kind: str) -> tuple[Callable[..., Any], tuple[Any,
     size: dict[str, Any] = {"num_tokens": case.slots, "max_q_len": 1}
     if kind == "mixed":
         size = {"num_tokens": case.token_budget}
-    return lambda params, queue, state: step(params, queue, state, **size), (params, queue, state)
+    return lambda params, queue, state: step(params, queue, state, **size)[0], (params, queue, state)
 
 
 def measure(case: Case, kind: str) -> dict[str, Any]:

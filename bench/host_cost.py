@@ -100,7 +100,7 @@ class FakeDevice:
         packed[0, 3] = np.where(ended, Finish.LENGTH, Finish.RUNNING)
         self._slots[ended] = self.sizes.rows
         self._admit()
-        answer = np.concatenate([packed.reshape(-1), np.zeros(len(STATUS), np.int32)])
+        answer = np.concatenate([packed.reshape(-1), np.zeros(len(STATUS) + self.sizes.rows, np.int32)])
         self.seconds += time.perf_counter() - begin
         return state, answer, None
 

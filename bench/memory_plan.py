@@ -16,8 +16,8 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -121,7 +121,7 @@ def shapes(model: str, stored: str, target: str, devices: int) -> Params:
     mesh = Mesh(np.array(topology(TARGETS[target], f"1x1x{devices}").devices), ("tensor",))
     axes = logical_axes(params)
 
-    def place(path: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def place(path: str, shape: tuple[int, ...], dtype: Any) -> Any:
         where = one if devices == 1 else named_sharding(mesh, axes[path], shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
@@ -168,12 +168,21 @@ def in_process(*arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def note(path: pathlib.Path | None, results: dict[str, Any]) -> None:
+    """Write results to a file, beside those of other runs that it holds."""
+    if path is not None:
+        written = json.loads(path.read_text()) if path.exists() else {}
+        about = environment(("jax", "jaxlib"))
+        written |= {name: {"environment": about, **found} for name, found in results.items()}
+        path.write_text(json.dumps(written, indent=1) + "\n")
+
+
 def line(found: dict[str, Any]) -> str:
     """A row of the table."""
     gpus = f"{found['devices']} × {found['device_kind'].removeprefix('NVIDIA ')}"
     begin = f"| {found['model']} | {found['stored']} | {gpus} "
     if not found["fits"]:
-        return begin + "| | | | | does not fit |"
+        return begin + "| | | | | does not fit | |"
     sizes = " | ".join(readable(found[name]) for name in COLUMNS)
     return begin + f"| {sizes} | {found['pages']:,} | {found['tokens']:,} |"
 
@@ -262,7 +271,7 @@ def main() -> int:
         found = in_process("--child", "measure")
         for name, value in found.items():
             print(f"{name:16}{value if name == 'ratio' else readable(value)}")
-        written = {"measured": found}
+        note(arguments.json, {"cpu": found})
     else:
         sys.path.append(str(pathlib.Path(sys.prefix, "cuda")))
         if reason := available():
@@ -274,25 +283,13 @@ def main() -> int:
             return 0
         print(f"| model | weights are | GPUs | {' | '.join(COLUMNS)} | pages | tokens |")
         print(f"| --- | --- | --- |{' ---: |' * (len(COLUMNS) + 2)}")
-        plans = []
-        for model in arguments.models:
-            for stored in arguments.formats:
-                for target in arguments.targets:
-                    for devices in arguments.devices:
-                        plans.append(in_process("--child", model, stored, target, str(devices), str(LAYERS)))
-                        print(line(plans[-1]), flush=True)
-                        if plans[-1]["fits"] and stored != "bfloat16":
-                            break  # what fits on one is not asked for on more
-        for found in plans:
-            if not found["fits"]:
-                print(f"\n{found['model']}, {found['stored']}, {found['devices']} × {found['device_kind']}:")
-                print(f"> {found['message']}")
-        written = {"plans": plans}
-    if arguments.json:
-        before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        part = "measured" if arguments.measure else "plans"
-        before[part] = {"environment": environment(("jax", "jaxlib")), **written}
-        arguments.json.write_text(json.dumps(before, indent=1) + os.linesep)
+        for model, stored, target in itertools.product(arguments.models, arguments.formats, arguments.targets):
+            for devices in arguments.devices:
+                found = in_process("--child", model, stored, target, str(devices), str(LAYERS))
+                print(line(found), flush=True)
+                note(arguments.json, {f"{model}, {stored}, {devices} x {target}": found})
+                if found["fits"] and devices == 1:
+                    break
     return 0
 
 

@@ -7,12 +7,14 @@ that is not as it should be ends the command with the trace that shows it. Repor
 """
 
 import argparse
+import collections
 import json
 import time
 
 import jax
 import numpy as np
 
+import dsjax
 from bench import traces
 
 KINDS = 96  # of requests, in a round
@@ -20,57 +22,62 @@ TRACES = 40  # of an engine, in a round
 
 
 def count_compilations() -> list[str]:
-    """A list that gets an entry for every program that the backend compiles from now on."""
+    """A list that gets the name of every program that the backend compiles from now on."""
     compiled: list[str] = []
 
-    def listen(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled.append(name)
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(about.get("fun_name", event)))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return compiled
 
 
-def soak(seconds: float, seed: int, names: list[str]) -> dict[str, int]:
+def soak(seconds: float, seed: int, names: list[str]) -> collections.Counter[str]:
     """Play traces for so long; returns what happened."""
-    engines = {name: traces.make_engine(name) for name in names}
-    counts = dict.fromkeys(("traces", "compilations"), 0)
+    engines: dict[str, dsjax.Engine] = {}
+    counts: collections.Counter[str] = collections.Counter()
     begin, round_number = time.monotonic(), 0
     compiled = count_compilations()
-    warm = False
     while time.monotonic() - begin < seconds:
         pools = {
             window: traces.Pool(1_000_000 * seed + round_number, KINDS, window)
             for window in {name == "window" for name in names}
         }
         for name in names:
+            is_new = name not in engines
+            if is_new:
+                engines[name] = traces.make_engine(name)
             player = traces.Player(engines[name], pools[name == "window"])
-            pools[name == "window"].answers(1)
-            if not warm:  # programs for processors are compiled by the first request that has one
-                player.play(processed(player.pool))
+            player.pool.answers(1)
+            if is_new:
+                player.play(rare(player.pool, holds=True))
             rng = np.random.default_rng([seed, round_number, names.index(name)])
             before = len(compiled)
             for number in range(TRACES):
-                events = traces.random_events(rng, KINDS)
+                events = traces.random_events(rng, KINDS, holds=bool(rng.random() < 0.3))
                 try:
                     player.play(events)
                 except BaseException:
                     print(f"seed {seed}, round {round_number}, engine {name}, trace {number}: {events}", flush=True)
                     raise
             counts["compilations"] += len(compiled) - before
+            if len(compiled) > before:
+                print(f"engine {name} compiled {compiled[before:]}", flush=True)
             player.close()
-            for what, count in player.counts.items():
-                counts[what] = counts.get(what, 0) + count
-        warm = True
+            counts.update(player.counts)
+            seconds_so_far = round(time.monotonic() - begin)
+            print(json.dumps({"seconds": seconds_so_far, "round": round_number, "engine": name, **counts}), flush=True)
         round_number += 1
-        print(json.dumps({"seconds": round(time.monotonic() - begin), "rounds": round_number, **counts}), flush=True)
     return counts
 
 
-def processed(pool: traces.Pool) -> list[tuple]:
-    """A trace in which every slot comes to have a processor of logits."""
+def rare(pool: traces.Pool, holds: bool = False) -> list[tuple]:
+    """A trace that uses what is compiled by those who use it: processors in every slot, new pages, sequences held."""
     with_processor = [i for i, kind in enumerate(pool.kinds) if "logits_processor" in kind.settings]
-    return [("add", i, traces.SAMPLES) for i in with_processor * 2]
+    adds = [("add", i, traces.SAMPLES) for i in with_processor * 2]
+    held = [("hold", 0, 0, 2), ("hold", 0, 0, 1)] if holds else []
+    return [*adds, ("step", 8), ("retake",), *held]
 
 
 def main() -> None:

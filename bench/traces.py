@@ -16,6 +16,8 @@ import numpy as np
 
 import dsjax
 from dsjax import testing
+from dsjax.engine.contract import SchedulingResult
+from dsjax.errors import RequestError
 from dsjax.ragged.state import FREE, Finish
 
 CONTEXT = 64  # of the engines
@@ -35,7 +37,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "window": dict(slots=4, token_budget=8, page_size=4, pages=17, steps_per_sync=2),
 }
 _ROOMY: dict[str, Any] = dict(slots=5, token_budget=64, page_size=16, pages=20, prefix_caching=False)
-_PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_PLAIN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @functools.cache
@@ -176,6 +178,7 @@ class Pool:
                     bias[row] = kind.settings["logits_processor"].keywords["bias"]
                 for token, value in kind.settings.get("logit_bias", {}).items():
                     bias[row, token] = value
+            settings: dict[str, Any] = {name: np.array([kind.settings[name] for kind in part]) for name in _PLAIN}
             out = dsjax.generate(
                 model(self._window, version),
                 tokens,
@@ -187,7 +190,7 @@ class Pool:
                 logit_bias=bias,
                 slots=64,
                 token_budget=512,
-                **{name: np.array([kind.settings[name] for kind in part]) for name in _PLAIN},
+                **settings,
             )
             answers += list(zip(np.asarray(out.tokens), np.asarray(out.logprobs), strict=True))[: len(keys) - begin]
         return answers
@@ -259,21 +262,25 @@ class Player:
         self._version = 0
         self._preempted = self._count_preemptions()
         self._open: dict[str, _Asked] = {}
+        self._held: set[int] = set()
+        self._was_held = False  # in this trace, so that requests may have been refused
         self._unseeded: list[tuple[_Asked, Any]] = []
 
     def play(self, events: list[tuple]) -> None:
         """Play a trace to its end.
 
         Args:
-          events: names of methods (`add`, `step`, `abort`, `look`, `retake`, `update`) and their arguments.
+          events: names of methods (`add`, `step`, `abort`, `hold`, `look`, `retake`, `update`) and their arguments.
         """
         for name, *arguments in events:
             getattr(self, name)(*arguments)
         self.finish()
         self.counts["traces"] += 1
+        self._was_held = False
 
     def finish(self) -> None:
         """Let everything end, and check that nothing is left."""
+        self.drop()
         rounds = 0
         while self.engine.has_unfinished_requests():
             self.step(1)
@@ -287,7 +294,7 @@ class Player:
         self, kind: int, n: int = 1, limit: int | None = NEW, priority: int = 0, logprobs: int | None = None
     ) -> None:
         """A request comes."""
-        kind %= len(self.pool.kinds)
+        n = min(n, self.engine.sizes.rows)
         chosen = self.pool.kinds[kind]
         room = CONTEXT - len(chosen.tokens)
         if limit is None and room > NEW:
@@ -295,7 +302,12 @@ class Player:
         least = chosen.settings.get("min_tokens", 0)
         limit = None if limit is None else max(limit, least)
         params = dsjax.SamplingParams(n=n, max_tokens=limit, logprobs=logprobs, **chosen.settings)
-        name = self.engine.add_request(list(chosen.tokens), params, priority=priority)
+        try:
+            name = self.engine.add_request(list(chosen.tokens), params, priority=priority)
+        except RequestError:
+            assert self._held, "refused, and all fits"
+            self.counts["refused"] += 1
+            return
         most = room if limit is None else min(limit, room)
         self._open[name] = _Asked(kind, n, most, int(name.split("-")[1]), self._version, logprobs)
         self.counts["requests"] += 1
@@ -317,6 +329,21 @@ class Player:
             self.engine.abort(name)
             self.counts["aborts"] += 1
 
+    def hold(self, uid: int, kind: int, most: int) -> None:
+        """Some tokens of a sequence that the caller drives are computed, if there is room for them."""
+        tokens = self.pool.kinds[kind].tokens[: min(most, self.engine.sizes.token_budget)]
+        if self.engine.can_schedule([uid], [len(tokens)]) == SchedulingResult.Success:
+            self.engine.put([uid], [tokens])
+            self._held.add(uid)
+            self._was_held = True
+            self.counts["holds"] += 1
+
+    def drop(self) -> None:
+        """Sequences that the caller drives are forgotten."""
+        for uid in self._held:
+            self.engine.flush(uid)
+        self._held.clear()
+
     def look(self) -> None:
         """All calls are read, and the device's state is looked at."""
         check_pages(self.engine)
@@ -325,6 +352,7 @@ class Player:
         """The pages are given back and taken again."""
         self.counts["preemptions"] += self._count_preemptions() - self._preempted
         self._preempted = 0
+        self.drop()
         self.engine.release()
         self.engine.retake()
         self.counts["retakes"] += 1
@@ -364,6 +392,7 @@ class Player:
             self.engine.step()
         self._open.clear()
         self._unseeded.clear()
+        self.drop()
 
     def close(self) -> None:
         """Check what is checked together, and leave the engine as it was.
@@ -386,6 +415,9 @@ class Player:
     def _compare(self, asked: _Asked, output: Any, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         kind = self.pool.kinds[asked.kind]
         for sample in output.outputs:
+            if isinstance(sample.error, RequestError) and self._was_held:
+                self.counts["refused"] += 1
+                continue
             answer = self.pool.answer(kind, tokens[sample.index], logprobs[sample.index], asked.limit)
             about = (asked, kind, sample, answer)
             count = len(sample.token_ids)
@@ -441,23 +473,28 @@ def check_empty(engine: dsjax.Engine) -> None:
     assert not engine._requests
 
 
-def random_events(rng: np.random.Generator, kinds: int, *, most: int = 40) -> list[tuple]:
-    """A trace of up to so many events: bursts and lulls, seldom something drastic."""
+def random_events(rng: np.random.Generator, kinds: int, *, most: int = 40, holds: bool = False) -> list[tuple]:
+    """A trace of up to so many events: bursts and lulls, seldom something drastic; with sequences held, or without."""
     events: list[tuple] = []
     rate = rng.uniform(0.1, 0.8)  # of arrivals
     aborts = rng.choice([0.0, 0.05, 0.3])
     few = rng.integers(1, kinds + 1)  # the fewer kinds, the more they share
+    longest = rng.choice([3, 8, 8, NEW])
     for _ in range(rng.integers(1, most)):
         draw = rng.random()
         if draw < rate:
-            limit = None if rng.random() < 0.1 else int(rng.integers(1, NEW + 1))
+            limit = None if rng.random() < 0.1 else int(rng.integers(1, longest + 1))
             n = int(rng.choice([1, 1, 1, 2, 3, 4]))
             ranked = int(rng.integers(0, 4)) if rng.random() < 0.1 else None
             events.append(("add", int(rng.integers(few)), n, limit, int(rng.integers(-2, 3)), ranked))
         elif draw < rate + aborts * (1 - rate):
             events.append(("abort", int(rng.integers(100))))
+        elif holds and rng.random() < 0.2:
+            hold = ("hold", int(rng.integers(3)), int(rng.integers(kinds)), int(rng.choice([1, 4, LONGEST])))
+            events.append(hold if rng.random() < 0.7 else ("drop",))
         elif rng.random() < 0.05:
             events.append((str(rng.choice(["look", "look", "retake", "update"])),))
+            events += [("abort", int(rng.integers(100)))] * int(rng.integers(0, 3))
         else:
             events.append(("step", int(rng.integers(1, 9)), bool(rng.random() < 0.2)))
     return events

@@ -5,7 +5,8 @@ It comes as one program a step, as a loop of 16 steps in a program, as the same 
 (which XLA leaves off by default), and with plain XLA in place of our kernels. The roofline is the bytes of the weights
 and of the visible keys and values over the bandwidth of a large copy.
 
-Generation is whole calls from token ids to token ids, in turns with `transformers`, after one call of each to compile.
+Generation is whole calls from token ids to token ids, of `generate` and of the engine, in turns with `transformers`,
+after one call of each to compile.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from bench.shapes import SHAPES
 from bench.timing import Contender, ceilings, failure, measure
 from dsjax.config import ModelConfig
 from dsjax.generation import decode_steps, start, step
-from dsjax.ragged.schedule import admit
+from dsjax.ragged.schedule import admit, pages_for
 from dsjax.request import request
 from pallas_kernels.dispatch import VARIABLE
 from pallas_kernels.launches import read_schedule
@@ -111,7 +112,7 @@ class Decoding:
         capacity = dataclasses.replace(self.capacity, steps_per_sync=steps)
 
         def one(params, queue, state):
-            return step(params, queue, state, capacity.slots, max_q_len=1)
+            return step(params, queue, state, capacity.slots, max_q_len=1)[0]
 
         def many(params, queue, state):
             return decode_steps(params, queue, state, capacity)
@@ -199,8 +200,20 @@ def generation(model: str, batch: int, length: int, new: int, tiny: bool = False
     def ours() -> int:
         return dsjax.generate(params, tokens, max_new_tokens=new, ignore_eos=True).tokens[:, 0].size
 
-    made: dict[str, Callable[[], int]] = {"dsjax": ours}
     found: dict[str, Any] = {}
+    engine = dsjax.Engine(
+        params,
+        slots=batch,
+        max_context=length + new,
+        pages=batch * pages_for(length + new, 64),
+        prefix_caching=False,  # the same prompts come again
+    )
+    settings = dsjax.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+
+    def through_engine() -> int:
+        return sum(len(output.outputs[0].token_ids) for output in engine.generate(tokens.tolist(), settings))
+
+    made: dict[str, Callable[[], int]] = {"dsjax": ours, "dsjax.Engine": through_engine}
     try:
         made |= _transformers(config, tokens, new)
     except Exception as error:

@@ -44,8 +44,13 @@ def available(device: Any = None) -> tuple[str, int]:
     return f"this machine ({device.platform})", total
 
 
-def in_use(device: jax.Device) -> int:
-    """Bytes of a device's memory that arrays of this process hold; 0 where it does not tell."""
+def in_use(device: Any = None) -> int:
+    """Bytes of a device's memory that arrays of this process hold; 0 where it does not tell.
+
+    Args:
+      device: which; `None` for the first.
+    """
+    device = device or jax.devices()[0]
     return (device.memory_stats() or {}).get("bytes_in_use", 0)
 
 

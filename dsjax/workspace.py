@@ -118,8 +118,8 @@ def plan(
     there = memory.available(device)[1] if total is None else total
     share = memory.USABLE if fraction is None else fraction
     budget = there - others if pages is not None else min(there - others, int(there * share))
-    # A CPU's memory is not the engine's alone.
-    most = sizes.slots * sizes.pages_per_slot if device.platform == "cpu" and fraction is None else None
+    on_cpu = device.platform == "cpu"
+    most = sizes.slots * sizes.pages_per_slot if on_cpu and fraction is None else None  # others use this memory too
 
     def described(pages: int, temporaries: int) -> MemoryPlan:
         shapes = Programs(params, dataclasses.replace(sizes, pages=pages))
@@ -148,29 +148,29 @@ def plan(
     guess = _guess(params, sizes)
     made = chosen(guess)
     if made.total - guess > budget:
-        raise EngineError(_too_much(made, device, others, fraction))
+        raise EngineError(_too_much(made, others, on_cpu))
     is_first = True
     while True:
         programs = programs_of(params, dataclasses.replace(sizes, pages=made.pages))
         _warm_up(programs, progress)
         better = chosen(programs.temporaries())
         if better.total > budget:
-            raise EngineError(_too_much(better, device, others, fraction))
+            raise EngineError(_too_much(better, others, on_cpu))
         # Programs are for a number of pages. They are compiled again for fewer, and once for many more.
         if made.pages <= better.pages and (not is_first or better.pages <= made.pages * WORTHWHILE):
             return described(made.pages, better.temporaries), programs
         made, is_first = better, False
 
 
-def _too_much(made: MemoryPlan, device: jax.Device, others: int, fraction: float | None) -> str:
+def _too_much(made: MemoryPlan, others: int, on_cpu: bool) -> str:
     """Why a plan does not fit, and what can be done."""
     held = f", of which others hold {readable(others)}" if others else ""
     rest = made.budget - (made.total - made.weights)
     devices = f"at least {math.ceil(made.weights / rest) if rest > 0 else 2} times as many "
     remedies = [
         "use fewer pages" if made.pages > 1 else "",
-        "raise memory_fraction" if made.pages == 1 and (fraction or memory.USABLE) < 1 else "",
-        "let JAX have more of the GPU (XLA_PYTHON_CLIENT_MEM_FRACTION)" if device.platform != "cpu" else "",
+        "raise memory_fraction" if made.pages == 1 and made.budget < made.total <= made.memory - others else "",
+        "let JAX have more of the GPU (XLA_PYTHON_CLIENT_MEM_FRACTION)" if not on_cpu else "",
         "lower slots, token_budget or max_context",
         "quantize the weights",
         f"spread them over {devices}devices: mesh=",

@@ -4,19 +4,34 @@ from pathlib import Path
 import family_table
 import pytest
 
+import dsjax
+from dsjax import testing
+
 README = Path(__file__).parent.parent / "README.md"
 
 
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def run(block, names):
+    exec(compile(block, str(README), "exec"), names)
+
+
 def test_code_runs(smollm2_path, capsys):
-    """The block runs as it stands, and says what the text says of it."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
+    """The first block runs as it stands, and says what the text says of it."""
     names = {}
-    exec(compile(blocks[0], str(README), "exec"), names)
+    run(BLOCKS[0], names)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert float(lines[-1]) < 1e-4
     assert names["four_answers"]._cache_size() == 1
+
+
+def test_code_of_the_engine_runs(capsys):
+    """The second with a tiny model, since a real one takes a while to compile."""
+    run(BLOCKS[1], {"dsjax": dsjax, "params": testing.tiny_params(), "tokenizer": testing.tiny_tokenizer()})
+    assert "pages" in capsys.readouterr().out.splitlines()[0]
+    assert len(BLOCKS) == 2
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")))

@@ -63,7 +63,6 @@ class Core:
         self.sizes: Sizes = programs.sizes
         self.stats = Stats(self.sizes)
         self.lock = threading.RLock()
-        self.idle = threading.Condition()
         self.rows = Rows(self.sizes)
         self.queue: Queue | None = None
         self.state: State | None = None
@@ -310,7 +309,7 @@ class Core:
 
     def _take_outputs(self, call: _Call, packed: np.ndarray) -> None:
         rows = self.rows
-        steps, status = unpack(packed, self.sizes)
+        steps, status, cached = unpack(packed, self.sizes)
         self._read = call.number
         later = sum(self.sizes.token_budget for other in self._calls if other.reads)
         self._unread = status["pending"] + self._submitted - call.submitted - later
@@ -336,6 +335,7 @@ class Core:
             for row in taken[before == 0].tolist():
                 metrics = self._of(row).request.metrics
                 metrics.first_token_time = metrics.first_token_time or now
+                self._of(row).cached = int(cached[row])
             told = rows.watched[taken] | (ended != Finish.RUNNING)
             for row, reason, begin in zip(
                 taken[told].tolist(), ended[told].tolist(), before[told].tolist(), strict=True
@@ -393,8 +393,6 @@ class Core:
             self.stats.finished(request)
         if request.sink is not None:
             request.sink(Event(sequence.index, text, tokens or [], reason, request.error))
-        with self.idle:
-            self.idle.notify_all()
 
     def _rank(self, call: _Call, sequence: np.ndarray, is_new: np.ndarray, slots: np.ndarray) -> None:
         """Note likely tokens beside those generated, and those of prompts, for who wants them."""
@@ -438,6 +436,9 @@ class Core:
         self.state, packed, ranked = self.programs.run(
             "conclude", self.queue, self.state, batch, logits, self.programs.put(changed)
         )
+        if self._times is not None:
+            jax.block_until_ready(packed)
+            self._times.append(time.perf_counter() - begin)
         self._add_call(packed, (ranked, *prompt_ranks), reads=True)
         return waited + self._collect()
 
@@ -466,56 +467,68 @@ class Core:
         """Give the pages back; requests stay, and are computed again afterwards."""
         with self.lock:
             self.drain()
+            jax.block_until_ready((self.queue, self.state))  # what still runs holds their memory
             self.queue = self.state = None
 
     def restart(self) -> None:
-        """New pages, with every request that the host knows put back to be computed again."""
+        """New pages, with every request that the host knows put back to be computed again.
+
+        Raises:
+          EngineError: they can not be made; then there are none.
+        """
         with self.lock:
-            sizes, rows, put = self.sizes, self.rows, self.programs.put
             self._calls.clear()
             self._read = self._dispatched
             self._unread = 0
             self.begin()
-            assert self.queue is not None and self.state is not None
-            rows.free(self._read)
-            rows.sent()  # what was said to the device before means nothing to it now
-            if not self._live:
-                return
-            prompts = np.zeros((sizes.rows, sizes.max_context), np.int32)
-            texts = np.zeros((sizes.rows, sizes.max_context), np.int32)
-            known = np.zeros(sizes.rows, np.int32)
-            for request in self._live:
-                whole = request not in self._entering
+            self.rows.free(self._read)
+            self.rows.sent()  # what was said to the device before means nothing to it now
+            try:
+                if self._live:
+                    self._put_back()
+            except Exception as error:
+                self.queue = self.state = None
+                raise EngineError(f"requests could not be put back ({type(error).__name__}: {error})") from error
+
+    def _put_back(self) -> None:
+        """Tell a device that knows of nothing what the host knows of live requests."""
+        assert self.queue is not None and self.state is not None
+        sizes, rows, put = self.sizes, self.rows, self.programs.put
+        prompts = np.zeros((sizes.rows, sizes.max_context), np.int32)
+        texts = np.zeros((sizes.rows, sizes.max_context), np.int32)
+        known = np.zeros(sizes.rows, np.int32)
+        for request in self._live:
+            whole = request not in self._entering
+            for sequence in request.sequences:
+                row, length = sequence.row, len(request.tokens) if whole else 0
+                prompts[row, :length] = texts[row, :length] = request.tokens[:length]
+                known[row] = length + rows.lengths[row]
+                texts[row, length : known[row]] = rows.tokens[row, : rows.lengths[row]]
+            if not whole:
+                request.sent = 0
                 for sequence in request.sequences:
-                    row, length = sequence.row, len(request.tokens) if whole else 0
-                    prompts[row, :length] = texts[row, :length] = request.tokens[:length]
-                    known[row] = length + rows.lengths[row]
-                    texts[row, length : known[row]] = rows.tokens[row, : rows.lengths[row]]
-                if not whole:
-                    request.sent = 0
-                    for sequence in request.sequences:
-                        rows.packet["flags"][sequence.row] |= FLAGS["begins"]
-            rows.constrained.clear()
-            for request in self._live:
-                self._constrain(request)
-            finish = np.where(rows.active, Finish.RUNNING, Finish.ABORTED).astype(np.int32)
-            tokens, lengths, finish, flat, texts, known, salts = put(
-                (
-                    rows.tokens,
-                    rows.lengths,
-                    finish,
-                    prompts.reshape(-1),
-                    texts,
-                    known,
-                    rows.packet["salt"].view(np.uint32),
-                )
+                    rows.packet["flags"][sequence.row] |= FLAGS["begins"]
+        rows.constrained.clear()
+        for request in self._live:
+            self._constrain(request)
+        finish = np.where(rows.active, Finish.RUNNING, Finish.ABORTED).astype(np.int32)
+        tokens, lengths, finish, flat, texts, known, salts = put(
+            (
+                rows.tokens.copy(),
+                rows.lengths.copy(),
+                finish,
+                prompts.reshape(-1),
+                texts,
+                known,
+                rows.packet["salt"].view(np.uint32),
             )
-            self.queue = dataclasses.replace(self.queue, tokens=flat)
-            outputs = Outputs(tokens, None, None, lengths, finish)
-            self.state = dataclasses.replace(self.state, outputs=outputs)
-            self.state = self.programs.run("restart", self.state, texts, known, salts)
-            self._unread = int(known.sum())
-            self._send()
+        )
+        self.queue = dataclasses.replace(self.queue, tokens=flat)
+        outputs = Outputs(tokens, None, None, lengths, finish)
+        self.state = dataclasses.replace(self.state, outputs=outputs)
+        self.state = self.programs.run("restart", self.state, texts, known, salts)
+        self._unread = int(known.sum())
+        self._send()
 
     def recover(self, error: Exception) -> None:
         """After a call failed its state is gone: begin anew, with everything computed again that the host knows of."""
@@ -540,7 +553,6 @@ class Core:
         try:
             self.restart()
         except Exception as second:
-            self.queue = self.state = None
             self.fail(second)
             self.lost += "; so were all requests, since there are no new pages"
             raise EngineError(

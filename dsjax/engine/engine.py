@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,7 +24,9 @@ from dsjax.engine.stats import prometheus
 from dsjax.errors import EngineError, QueueFullError, RequestError
 from dsjax.params import Params, validate
 from dsjax.program_cache import keep_programs
-from dsjax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsjax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -69,7 +71,7 @@ class Engine:
     def __init__(
         self,
         params: Params,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: "Tokenizer | None" = None,
         *,
         slots: int | None = None,
         token_budget: int | None = None,
@@ -254,13 +256,14 @@ class Engine:
         with streams.interrupts_deferred() as interrupted:
             self._core.advance()
             interrupted()
-        ended = [request for request in self._requests.values() if request.finished]
-        for request in ended:
-            del self._requests[request.id]
-        outputs = [request.output() for request in ended]
-        if partial:
-            with self._core.lock:
-                outputs += [request.output(self._core.rows) for request in self._requests.values() if request.is_live]
+        with self._core.lock:
+            requests = list(self._requests.values())  # a copy, since other threads may add some
+            ended = [request for request in requests if request.finished]
+            for request in ended:
+                del self._requests[request.id]
+            outputs = [request.output() for request in ended]
+            if partial:
+                outputs += [request.output(self._core.rows) for request in requests if request.is_live]
         return outputs
 
     def has_unfinished_requests(self) -> bool:
@@ -279,6 +282,8 @@ class Engine:
 
     def _request(self, prompt: Prompt, params: SamplingParams, *, priority: int, request_id=None, sink=None) -> Request:
         sizes, config = self._core.sizes, self.config
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling settings must be SamplingParams, got {params!r}")
         text = prompt if isinstance(prompt, str) else None
         tokens = self._tokens(prompt)
         length = len(tokens)
@@ -333,16 +338,19 @@ class Engine:
         return (self._salt + (final if long and scaling.kind == "dynamic" else int(long))) % 2**32
 
     def _tokens(self, prompt: Prompt) -> np.ndarray:
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+        ids: Any = prompt
+        is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(part, Mapping) for part in prompt)
+        if isinstance(prompt, str) or is_chat:
             if self.tokenizer is None:
                 raise RequestError("the engine has no tokenizer: give token ids, or Engine(params, tokenizer)")
             if isinstance(prompt, str):
-                ids: Any = self.tokenizer.encode(prompt)
+                ids = self.tokenizer.encode(prompt)
             else:
                 ids = self.tokenizer.apply_chat_template(prompt)  # pyright: ignore[reportArgumentType]
-        else:
-            ids = prompt
-        tokens = np.asarray(ids)
+        try:
+            tokens = np.asarray(ids)
+        except ValueError:  # lists of several lengths
+            tokens = np.zeros(0)
         if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise RequestError("a prompt must be text, chat messages, or at least one token id (often the bos token)")
         bad = (tokens < 0) | (tokens >= self.config.vocab_size)
@@ -496,6 +504,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, np.ndarray | jax.Array):
         prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts must be text, token ids, chat messages, or a list of these, got {prompts!r}")
     if not len(prompts):
         raise RequestError("there are no prompts")
     first = prompts[0]

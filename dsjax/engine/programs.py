@@ -284,7 +284,7 @@ def call(params: Params, queue: Queue, state: State, *, sizes: Sizes, decodes: b
 
 
 def _pack(queue: Queue, state: State, emitted: Emitted) -> jax.Array:
-    """`int32[k * 4 * S + 8]`: of each step and slot sequence, token, log-probability's bits and finish; the status."""
+    """`int32[k * 4 * S + 8 + R]`: what `unpack` gives."""
     logprob = lax.bitcast_convert_type(emitted.logprob, jnp.int32)
     steps = jnp.stack([emitted.sequence, emitted.token, logprob, emitted.finish], axis=1)
     pending = pending_tokens(queue, state)
@@ -300,13 +300,19 @@ def _pack(queue: Queue, state: State, emitted: Emitted) -> jax.Array:
         "asked": 0 if state.prefixes is None else state.prefixes.asked,
     }
     status = jnp.stack([jnp.asarray(counts[name], jnp.int32) for name in STATUS])
-    return jnp.concatenate([steps.reshape(-1), status])
+    cached = jnp.zeros_like(state.outputs.lengths) if state.prefixes is None else state.prefixes.cached
+    return jnp.concatenate([steps.reshape(-1), status, cached])
 
 
-def unpack(packed: np.ndarray, sizes: Sizes) -> tuple[np.ndarray, dict[str, int]]:
-    """The steps `int32[k, 4, S]` and the status, of what `call` packed."""
-    steps, status = packed[: -len(STATUS)], packed[-len(STATUS) :]
-    return steps.reshape(-1, 4, sizes.slots), dict(zip(STATUS, status.tolist(), strict=True))
+def unpack(packed: np.ndarray, sizes: Sizes) -> tuple[np.ndarray, dict[str, int], np.ndarray]:
+    """What `call` packed.
+
+    Returns:
+      `int32[k, 4, S]`, of each step and slot sequence, token, log-probability's bits and finish; the status; and
+      `int32[R]`, how many tokens of each prompt were found in the prefix cache.
+    """
+    steps, status, cached = np.split(packed, [len(packed) - sizes.rows - len(STATUS), len(packed) - sizes.rows])
+    return steps.reshape(-1, 4, sizes.slots), dict(zip(STATUS, status.tolist(), strict=True)), cached
 
 
 def look(params: Params, queue: Queue, state: State, *, sizes: Sizes):

@@ -5,6 +5,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from dsjax.engine.outputs import CompletionOutput, FinishReason, Logprob, Reques
 from dsjax.engine.programs import FLAGS, Sizes, packet_dtype
 from dsjax.engine.sampling_params import SamplingParams
 from dsjax.engine.text import TextStream
-from dsjax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsjax.tokenizer import Tokenizer
 
 NONE = np.zeros(0, np.int32)
 _DEFAULT = SamplingParams()
@@ -31,6 +34,7 @@ class Sequence:
       text: follows it token by token, if somebody has to.
       tokens: generated ids, once it has ended.
       logprobs: of these.
+      cached: tokens of its prompt that were found in the prefix cache.
       ranked: likely tokens of each, if asked for: ids, log-probabilities, and the rank of the one generated.
     """
 
@@ -42,6 +46,7 @@ class Sequence:
     text: TextStream | None = None
     tokens: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
     logprobs: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+    cached: int = 0
     ranked: list[tuple[np.ndarray, np.ndarray, int]] = dataclasses.field(default_factory=list)
 
 
@@ -76,7 +81,7 @@ class Request:
     rank: float
     salt: int
     metrics: RequestMetrics
-    tokenizer: Tokenizer | None
+    tokenizer: "Tokenizer | None"
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     sink: "Callable[[Event], None] | None" = None
     sent: int = 0
@@ -126,6 +131,7 @@ class Request:
             outputs=[self._completion(sequence, rows) for sequence in self.sequences],
             finished=self.finished,
             metrics=self.metrics,
+            num_cached_tokens=max(sequence.cached for sequence in self.sequences),
         )
 
     def _entry(self, position: int) -> dict[int, Logprob] | None:

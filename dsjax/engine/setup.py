@@ -1,6 +1,6 @@
 """What an engine is made of: parameters on their devices, and the sizes of its programs."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ from dsjax.engine.programs import Sizes
 from dsjax.errors import ParameterError, RequestError
 from dsjax.params import Params, flatten, logical_axes, unflatten, validate
 from dsjax.sharding import named_sharding
-from dsjax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsjax.tokenizer import Tokenizer
 
 
 def placed(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
@@ -31,7 +33,7 @@ def placed(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
 
 def choose_sizes(
     params: Params,
-    tokenizer: Tokenizer | None,
+    tokenizer: "Tokenizer | None",
     *,
     slots: int | None,
     token_budget: int | None,

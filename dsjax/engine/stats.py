@@ -7,7 +7,7 @@ from dsjax.engine.programs import Sizes
 from dsjax.engine.requests import Request
 
 _WINDOW = 10.0  # seconds that rates are over
-_DEVICE_COUNTS = ("preemptions", "computed", "found", "asked")  # int32, and they wrap
+_DEVICE_COUNTS: tuple[str, ...] = ("preemptions", "computed", "found", "asked")  # int32, and they wrap
 
 
 class Stats:

@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dsjax.engine.sampling_params import SamplingParams
 from dsjax.engine.stop_strings import stop_strings
-from dsjax.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from dsjax.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -27,12 +30,14 @@ class TextStream:
       ended: nothing that comes after this counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams):
+    def __init__(self, tokenizer: "Tokenizer | None", params: SamplingParams):
         self.stopped: str | None = None
         self.tokens_used = 0
         self.ended = False
         self._decoder = None
         if tokenizer is not None:
+            from dsjax.tokenizer import StreamDecoder  # with libraries that token ids alone do not need
+
             self._decoder = StreamDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = stop_strings(tuple(params.stop)) if params.stop else None
         self._state = 0

@@ -8,12 +8,16 @@ among them the one that nobody held for the longest time first.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.dispatch import current_gpu
 
 NEVER = jnp.iinfo(jnp.int32).max
 KEY_WORDS = 4  # of 32 bits in the key of a text
@@ -106,7 +110,8 @@ class PageTable:
         """
         slots, total = needy.shape[0], self.ref_counts.shape[0]
         granted = needy & (rank < self.num_free)
-        page = jnp.where(granted, self.free_list(slots)[jnp.where(granted, rank, 0)], total)
+        listed = _if_any(needy, lambda: self.free_list(slots), lambda: jnp.full(slots, total, jnp.int32))
+        page = jnp.where(granted, listed[jnp.where(granted, rank, 0)], total)
         row = jnp.where(granted, jnp.arange(slots), slots)
         return PageTable(
             table=self.table.at[row, self.num_pages].set(page, mode="drop"),
@@ -157,10 +162,22 @@ class PageTable:
     def give_back(self, entries: Bool[Array, "S M"]) -> "PageTable":
         """Take single pages from their slots, which keep their places in the row."""
         total = self.ref_counts.shape[0]
-        pages = jnp.where(entries, self.table, total)
-        return replace(
-            self,
-            table=jnp.where(entries, total, self.table),
-            ref_counts=self.ref_counts.at[pages].add(-1, mode="drop"),
-            contents=self.contents and self.contents.stamp(pages),
-        )
+
+        def taken():
+            pages = jnp.where(entries, self.table, total)
+            return replace(
+                self,
+                table=jnp.where(entries, total, self.table),
+                ref_counts=self.ref_counts.at[pages].add(-1, mode="drop"),
+                contents=self.contents and self.contents.stamp(pages),
+            )
+
+        return _if_any(entries, taken, lambda: self)
+
+
+def _if_any(flags: jax.Array, changed: Callable, unchanged: Callable) -> Any:
+    """`changed()` if any flag is set, else `unchanged()`, which is what the first then gives too.
+
+    Most steps change nothing, and a CPU saves the work; on a GPU it is small, and a branch would wait for the host.
+    """
+    return lax.cond(jnp.any(flags), changed, unchanged) if current_gpu() is None else changed()

@@ -30,6 +30,7 @@ class Prefixes:
 
     of_text: jax.Array  # uint32[Q, M, 4], of each sequence's text up to the end of each page; the last may grow yet
     index: jax.Array  # int32[G, 4], pages by bucket, P where there is none
+    cached: jax.Array  # int32[Q], tokens of each prompt that were found when it was first looked for
     found: jax.Array  # int32, prompt tokens whose pages were found
     asked: jax.Array  # int32, prompt tokens that were looked for
 
@@ -40,6 +41,7 @@ class Prefixes:
         return cls(
             of_text=jnp.zeros((sequences, pages_per_slot, KEY_WORDS), jnp.uint32),
             index=jnp.full((buckets, WAYS), num_pages, jnp.int32),
+            cached=jnp.zeros(sequences, jnp.int32),
             found=jnp.zeros((), jnp.int32),
             asked=jnp.zeros((), jnp.int32),
         )

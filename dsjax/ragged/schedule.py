@@ -20,7 +20,6 @@ from dsjax.ragged.page_table import NEVER, PageTable
 from dsjax.ragged.pages import KVPages
 from dsjax.ragged.prefix import Prefixes
 from dsjax.ragged.state import FREE, Emitted, Finish, Outputs, Queue, Slots, State, known_tokens, slot_sequences
-from pallas_kernels.dispatch import current_gpu
 from pallas_kernels.ragged_paged_attention import shared_prefixes
 
 
@@ -68,20 +67,13 @@ def admit(queue: Queue, state: State, window: int | None = None) -> State:
     page_size = state.pages.page_size
     copies = jnp.zeros(min(num_slots, num_sequences), jnp.int32)
 
-    def choose(state):
-        return _choose(queue, state, waiting, window, page_size)
-
-    if current_gpu() is None:
-        nothing = (state.table, state.slots, state.prefixes, (copies, copies, jnp.zeros((), jnp.int32)))
-        chosen = lax.cond(
-            jnp.any(waiting) & jnp.any(state.slots.sequence == FREE),
-            choose,
-            lambda _: nothing,
-            replace(state, pages=None),
-        )
-    else:
-        chosen = choose(replace(state, pages=None))
-    table, slots, prefixes, copied = chosen
+    # Most calls find nobody waiting, or no slot free.
+    table, slots, prefixes, copied = lax.cond(
+        jnp.any(waiting) & jnp.any(state.slots.sequence == FREE),
+        lambda state: _choose(queue, state, waiting, window, page_size),
+        lambda state: (state.table, state.slots, state.prefixes, (copies, copies, jnp.zeros((), jnp.int32))),
+        replace(state, pages=None),
+    )
     return replace(state, pages=state.pages.copy(*copied), table=table, slots=slots, prefixes=prefixes)
 
 
@@ -165,8 +157,10 @@ def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, 
     source_page, target_page = (jnp.take_along_axis(part, at, axis=1)[:, 0] for part in (donor_row, rows))
     if prefixes is not None:
         looked = admitted & ~forks
+        first_time = jnp.where(looked & (known[candidate] == prompt_len), candidate, num_sequences)
         prefixes = replace(
             prefixes,
+            cached=prefixes.cached.at[first_time].set(found * page_size, mode="drop"),
             found=prefixes.found + jnp.sum(jnp.where(looked, found * page_size, 0), dtype=jnp.int32),
             asked=prefixes.asked + jnp.sum(jnp.where(looked, known[candidate], 0), dtype=jnp.int32),
         )

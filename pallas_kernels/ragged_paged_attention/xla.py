@@ -108,12 +108,12 @@ def attention(
 def _gather(buffer, pages):
     """Pages `[..., step]` of every head, end to end: `[..., K, step * p, H]`.
 
-    From a view of the pool in which a page of one head is a row, so that the result comes in order, with no transpose.
+    Page and head are one index, so that the result comes in order with no transpose, and that each device reads its own
+    heads; of a view of the pool with flat rows every device would first gather the whole pool.
     """
-    num_pages, kv_heads, page_size, head_dim = buffer.shape
-    rows = pages[..., None, :] * kv_heads + jnp.arange(kv_heads)[:, None]
-    picked = buffer.reshape(num_pages * kv_heads, page_size, head_dim).at[rows].get(mode="clip")
-    return picked.reshape(*rows.shape[:-1], -1, head_dim)
+    heads = jnp.arange(buffer.shape[1])[:, None]
+    picked = buffer.at[pages[..., None, :], heads].get(mode="clip")
+    return picked.reshape(*picked.shape[:-3], -1, buffer.shape[-1])
 
 
 def _softmax_start(shape, sinks):

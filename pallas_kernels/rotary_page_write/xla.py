@@ -24,21 +24,18 @@ def rotary_page_write(
     q_dtype,
 ):
     """See `api.rotary_page_write`."""
-    num_pages, kv_heads, page_size, _ = key_pages.shape
+    num_pages, kv_heads = key_pages.shape[:2]
     q, k, v = prepare(qkv, kv_heads, cos, sin, interleaved, q_norm, k_norm, norm_eps, norm_offset, q_dtype)
 
-    # The pool seen as rows of H and scattered along the leading axis: XLA transposes the whole pool for any other.
-    num_rows = num_pages * kv_heads * page_size
+    # Rows of H scattered along all axes before H: XLA transposes the whole pool for others, and gathers a pool whose
+    # heads are spread over devices if it is seen as flat rows.
     is_real = (page >= 0) & (page < num_pages)
-    row = (jnp.where(is_real, page, 0)[:, None] * kv_heads + jnp.arange(kv_heads)) * page_size + offset[:, None]
-    # Padding goes past the end, to places all different, so that the rows are unique as the scatter is promised.
-    past = num_rows + jnp.arange(row.size).reshape(row.shape)
-    row = jnp.where(is_real[:, None], row, past).reshape(-1)
+    # Padding goes past the end, to pages all different, so that the places are unique as the scatter is promised.
+    page = jnp.where(is_real, page, num_pages + jnp.arange(page.shape[0], dtype=page.dtype))
+    place = page[:, None], jnp.arange(kv_heads), offset[:, None]
 
     def put(buffer, rows):
-        flat = buffer.reshape(num_rows, *rows.shape[2:])
-        rows = rows.reshape(-1, *rows.shape[2:]).astype(buffer.dtype)
-        return flat.at[row].set(rows, mode="drop", unique_indices=True).reshape(buffer.shape)
+        return buffer.at[place].set(rows.astype(buffer.dtype), mode="drop", unique_indices=True)
 
     def write(pages, scales, rows):
         if scales is not None:

@@ -5,6 +5,7 @@ import signal
 import threading
 import warnings
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from dsjax.engine.compiled import Programs
 from dsjax.ragged.state import FREE
 from dsjax.testing import tiny_params, tiny_tokenizer
 
-SIZES = dict(slots=4, token_budget=16, page_size=4, pages=20, max_context=47, steps_per_sync=2)
+SIZES: dict[str, Any] = dict(slots=4, token_budget=16, page_size=4, pages=20, max_context=47, steps_per_sync=2)
 COUNT = 11  # requests; the device knows of 8 at once
 
 
@@ -165,9 +166,9 @@ def test_one_fault(engine, plant, requests, alone, program, kind, number):
     # Keys of texts were made anew too: what was read after the fault is found again.
     prompt, settings = requests[0][-1] + [7] * 8, SamplingParams(max_tokens=9, temperature=0)
     first = engine.generate([prompt], settings)[0].outputs[0].token_ids
-    asked = engine._core.state.prefixes.found
+    found = int(engine._core.state.prefixes.found)
     assert engine.generate([prompt], settings)[0].outputs[0].token_ids == first
-    assert int(engine._core.state.prefixes.found - asked) >= 4
+    assert int(engine._core.state.prefixes.found) - found >= 4
 
 
 def test_keys_of_texts_after_a_fault(engine, plant, requests, alone):
@@ -196,7 +197,7 @@ def test_two_faults_in_a_row(engine, plant, requests, alone, kind):
         assert isinstance(error, EngineError) and "failed twice" in str(error) and isinstance(error.__cause__, Fault)
         assert output.outputs[0].token_ids == expected[0][: len(output.outputs[0].token_ids)]
     assert f"failed again, and {len(failed)} requests were given up" in engine.last_fault
-    assert all(output in failed for output in outputs[:1]) and len(failed) < COUNT
+    assert len(failed) < COUNT
     for output, expected in zip(engine.generate(*requests), alone, strict=True):
         check(output, expected)
 
@@ -229,24 +230,48 @@ def test_faults_at_random(engine, plant, requests, alone, seed):
             break
 
 
-def test_restart_fails(engine, plant, requests, alone):
+@pytest.mark.parametrize(
+    "program, message", [("empty_state", "no room for the pages"), ("restart", "could not be put back")]
+)
+def test_restart_fails(engine, plant, requests, alone, program, message):
     """No pages can be made after a fault: everybody is told, and `retake` goes on when there is memory."""
     waiting = engine.add_request(requests[0][0], requests[1][0])
-    plant(lambda name, number: "before" if name == "empty_state" or (name, number) == ("call", 3) else None)
-    with pytest.raises(EngineError, match=r"can not go on after a failed step.*no room.*engine.retake\(\)"):
+    plant(lambda name, number: "before" if name == program or (name, number) == ("call", 3) else None)
+    with pytest.raises(EngineError, match=rf"can not go on after a failed step.*{message}.*engine.retake\(\)"):
         engine.generate(*requests)
     assert "so were all requests" in engine.last_fault
     for call in (engine.step, lambda: engine.put([1], [[1]]), lambda: engine.generate([[1]])):
         with pytest.raises(EngineError, match=r"engine.retake\(\)"):
             call()
-    with pytest.raises(EngineError, match="no room for the pages.*fewer pages"):
-        engine.retake()
+    if program == "empty_state":
+        with pytest.raises(EngineError, match="no room for the pages.*fewer pages"):
+            engine.retake()
     engine._core.programs = engine._core.programs._programs
     engine.retake()
     (output,) = [output for output in engine.step() if output.request_id == waiting]
     assert isinstance(output.outputs[0].error, EngineError)
     for output, expected in zip(engine.generate(*requests), alone, strict=True):
         check(output, expected)
+
+
+@pytest.mark.parametrize("program", ["empty_state", "restart", "submit"])
+def test_retake_fails(engine, plant, requests, alone, program):
+    """Requests wait on for pages that can not be made yet."""
+    name = engine.add_request(requests[0][5], requests[1][5])
+    for _ in range(3):
+        engine.step()
+    engine.release()
+    plant(at(program, "before", 0, 1))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="planted before"):
+            engine.retake()
+        assert engine._core.state is None
+    engine.retake()
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[0].request_id == name
+    check(outputs[0], alone[5])
 
 
 @pytest.mark.parametrize("kind", ["before", "after", "outputs"])
@@ -338,6 +363,7 @@ def test_processor_that_fails(engine, requests, alone, processor, error, message
         raise completion.error
     assert completion.token_ids == alone[6][0][:3]
     # The row of what ended is given to the next before the device was told of the end; it is told both.
+    assert engine.generate([prompts[6]], kept)[0].outputs[0].finish_reason == "error"
     every = SamplingParams(n=8, max_tokens=5, temperature=0, ignore_eos=True)
     (output,) = engine.generate([prompts[6]], every)
     assert [sample.token_ids for sample in output.outputs] == [alone[6][0][:5]] * 8
@@ -396,13 +422,13 @@ def press_once(plant):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only the main thread hears Ctrl-C")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda number: plant(_pressing(number))
+    yield lambda program, number: plant(_pressing(program, number))
     signal.signal(signal.SIGINT, before)
 
 
-def _pressing(number):
+def _pressing(program, number):
     def when(name, count):
-        if (name, count) == ("call", number):
+        if (name, count) == (program, number):
             thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
             thread.start()
             thread.join()
@@ -414,9 +440,10 @@ def test_interrupt_in_generate(engine, press_once, requests, alone):
     """Ctrl-C ends what `generate` was asked for; requests of others go on."""
     prompts, settings = requests
     name = engine.add_request(prompts[1], settings[1])
-    press_once(3)
+    press_once("call", 3)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, settings)
+    assert engine.stats()["live_requests"] == 1 and engine._core.num_waiting == 0
     outputs = []
     while engine.has_unfinished_requests():
         outputs += engine.step()
@@ -426,10 +453,21 @@ def test_interrupt_in_generate(engine, press_once, requests, alone):
         check(output, expected)
 
 
-def test_interrupt_in_step_and_put(engine, press_once, requests, alone):
+def test_interrupt_in_put(engine, press_once):
+    """What was begun is done, so that what is known of the sequence is right."""
+    press_once("put", 0)
+    with pytest.raises(KeyboardInterrupt):
+        engine.put([1], [[1, 2, 3]])
+    assert engine.get_remaining_block_capacity(1) == 1
+    logits = engine.put([1], [[4]])
+    np.testing.assert_allclose(logits[0], dsjax.logits(engine.params, [[1, 2, 3, 4]])[0, 3], atol=1e-4)
+    engine.flush(1)
+
+
+def test_interrupt_in_step(engine, press_once, requests, alone):
     prompts, settings = requests
     name = engine.add_request(prompts[1], settings[1])
-    press_once(1)
+    press_once("call", 1)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(9):
             engine.step()

@@ -4,6 +4,7 @@ import asyncio
 import codecs
 import contextlib
 import gc
+import itertools
 import random
 import subprocess
 import sys
@@ -259,8 +260,10 @@ async def _awhile(engine):
 
 
 async def _cancelled(engine):
+    reader = engine.astream([0], asking(120))
+
     async def read():
-        async for _ in engine.astream([0], asking(120)):
+        async for _ in reader:
             pass
 
     task = asyncio.create_task(read())
@@ -268,6 +271,7 @@ async def _cancelled(engine):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    return reader  # though somebody still has it
 
 
 async def _async_closed(engine):
@@ -297,13 +301,15 @@ def test_a_task_that_leaves(counting, gate, leave):
     gate.release(6)
 
     async def main():
-        await leave(counting)
+        kept = await leave(counting)
         gate.release(10_000)
-        return "".join([piece async for piece in counting.astream([20], asking(100))])
+        return "".join([piece async for piece in counting.astream([20], asking(127))]), kept
 
-    assert asyncio.run(main()) == text_from(counting, 20, 100)
+    text, kept = asyncio.run(main())
+    assert text == text_from(counting, 20, 127)
     settle(counting)
     after = counting.stats()
+    del kept
     assert after["aborted"] == before["aborted"] + 1 and after["finished"] == before["finished"] + 1
 
 
@@ -393,16 +399,24 @@ def test_listeners_hear_of_a_thread_that_died(counting, monkeypatch):
     settle(counting)
 
 
-def test_a_stream_outlives_the_release_of_the_pages(counting, gate):
-    gate.release(10)
-    reader = counting.stream([0], asking(120))
-    first = next(reader)
-    gate.release(10_000)
-    counting.release()
+def test_a_stream_outlives_the_release_of_the_pages(counting, monkeypatch):
+    core, count = counting._core, itertools.count(1)
+    advance = core.advance
+
+    def then_releases():
+        advance()
+        if next(count) == 9:
+            counting.release()
+
+    monkeypatch.setattr(core, "advance", then_releases)
+    readers = [counting.stream([start], asking(120)) for start in (0, 50)]
+    counting._driver._thread.join(20)
+    assert core.state is None
     with pytest.raises(EngineError, match="retake"):
         counting.stream([0])
     counting.retake()
-    assert first + "".join(reader) == text_from(counting, 0, 120)
+    assert ["".join(reader) for reader in readers] == [text_from(counting, start, 120) for start in (0, 50)]
+    settle(counting)
 
 
 def test_python_ends_while_an_engine_runs(counting, gate):

@@ -27,7 +27,6 @@ from dsjax.ragged.state import FREE, Slots
 SIZES = [
     Sizes(slots=1, pages=9, page_size=4, token_budget=1),
     Sizes(slots=3, pages=12, page_size=4, token_budget=4, samples=3),
-    Sizes(slots=5, pages=6, page_size=8, token_budget=16, samples=3),
     Sizes(slots=3, pages=30, page_size=2, token_budget=16, samples=4, steps_per_sync=3),
     Sizes(slots=4, pages=15, page_size=4, token_budget=LONGEST + NEW, samples=2, split_fuse=False),
 ]
@@ -43,7 +42,7 @@ def traces(draw):
     return lengths, limits, sizes, held, draw(st.integers(0, 2**16))
 
 
-@hypothesis.settings(max_examples=800, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=500, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(traces())
 def test_random_traces(trace):
     """Also beside a slot that somebody else holds, and with prompts that are read whole."""
@@ -62,7 +61,7 @@ def test_pool_for_just_one():
 def test_newest_is_preempted_and_comes_back():
     queue = make_queue([20] * PROMPTS, [NEW] * PROMPTS, 2, seed=3)
     queue = dataclasses.replace(queue, stop_ids=queue.stop_ids - 99)  # nobody stops early
-    state = finish_trace(queue, make_state(queue, SIZES[4]), SIZES[4])
+    state = finish_trace(queue, make_state(queue, SIZES[-1]), SIZES[-1])
     assert state.counters.preemptions > 0
 
 
