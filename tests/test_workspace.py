@@ -195,7 +195,7 @@ def test_temporaries_are_those_of_steps(engine):
 
 def test_donation_holds_in_every_program(engine):
     programs = engine._core.programs
-    jobs = {name: job for name, job in programs._jobs().items() if not name.endswith("_plain")}  # not run on a CPU
+    jobs = {name: job() for name, job in programs._jobs().items() if not name.endswith("_plain")}  # not run on a CPU
     programs.warm_up(names=tuple(jobs))
     state, pages = device_bytes(programs.state_shapes), device_bytes(programs.state_shapes.pages)
     seen = set()

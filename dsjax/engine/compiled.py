@@ -55,8 +55,8 @@ class Programs:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def _jobs(self) -> dict[str, tuple[Callable, tuple, tuple[int, ...], Any]]:
-        """Each program: function, arguments, which of them are donated, and where its results go."""
+    def _jobs(self) -> dict[str, Callable[[], tuple[Callable, tuple, tuple[int, ...], Any]]]:
+        """What gives of each program the function, arguments, which of them are donated, and where results go."""
         sizes, config = self.sizes, self.config
         queue, state = self.queue_shapes, self.state_shapes
         of = functools.partial(jax.tree.map, lambda x: x.sharding)
@@ -95,31 +95,35 @@ class Programs:
             return function, (self._params, state, batch), (1,), (of(state), self._small)
 
         look = functools.partial(programs.look, sizes=sizes)
-        _, batch, logits, _ = jax.eval_shape(look, self._params, queue, state)
-        batch, logits = jax.tree.map(lambda x: small(*x.shape, dtype=x.dtype), (batch, logits))
-        conclude = functools.partial(programs.conclude, config=config, sizes=sizes)
+
+        def conclude():
+            _, batch, logits, _ = jax.eval_shape(look, self._params, queue, state)
+            batch, logits = jax.tree.map(lambda x: small(*x.shape, dtype=x.dtype), (batch, logits))
+            function = functools.partial(programs.conclude, config=config, sizes=sizes)
+            return function, (queue, state, batch, logits, logits), (1,), (of(state), self._small, self._small)
+
         salts = small(sizes.rows, dtype=jnp.uint32)
         text = small(sizes.rows, sizes.max_context)
         return {
-            "empty_queue": (lambda: programs.empty_queue(config, sizes), (), (), of(queue)),
-            "empty_state": (lambda: programs.empty_state(config, sizes), (), (), of(state)),
-            "submit": (
+            "empty_queue": lambda: (lambda: programs.empty_queue(config, sizes), (), (), of(queue)),
+            "empty_state": lambda: (lambda: programs.empty_state(config, sizes), (), (), of(state)),
+            "submit": lambda: (
                 functools.partial(programs.submit, config=config, sizes=sizes),
                 submit,
                 (0, 1),
                 (of(queue), of(state)),
             ),
-            "constrain": (programs.constrain, constrain, (0,), of(queue)),
-            "read": step(decodes=False, full=True),
-            "decode": step(decodes=True, full=True),
-            "read_plain": step(decodes=False, full=False),
-            "decode_plain": step(decodes=True, full=False),
-            "look": (look, (self._params, queue, state), (2,), (of(state), self._small, self._small, self._small)),
-            "conclude": (conclude, (queue, state, batch, logits, logits), (1,), (of(state), self._small, self._small)),
-            "put": put(decodes=False),
-            "put_one": put(decodes=True),
-            "flush": (programs.flush, (state, small(sizes.slots, dtype=jnp.bool_)), (0,), of(state)),
-            "restart": (
+            "constrain": lambda: (programs.constrain, constrain, (0,), of(queue)),
+            "read": lambda: step(decodes=False, full=True),
+            "decode": lambda: step(decodes=True, full=True),
+            "read_plain": lambda: step(decodes=False, full=False),
+            "decode_plain": lambda: step(decodes=True, full=False),
+            "look": lambda: (look, (self._params, queue, state), (2,), (of(state), *(self._small,) * 3)),
+            "conclude": conclude,
+            "put": lambda: put(decodes=False),
+            "put_one": lambda: put(decodes=True),
+            "flush": lambda: (programs.flush, (state, small(sizes.slots, dtype=jnp.bool_)), (0,), of(state)),
+            "restart": lambda: (
                 functools.partial(programs.restart, sizes=sizes),
                 (state, text, small(sizes.rows), salts),
                 (0,),
@@ -145,7 +149,7 @@ class Programs:
                 bar.total = len(missing)
 
             def one(name: str):
-                function, arguments, donated, places = jobs[name]
+                function, arguments, donated, places = jobs[name]()
                 return self.build(jax.jit(function, donate_argnums=donated, out_shardings=places), arguments)
 
             # Tracing holds Python's lock, XLA's compiler does not.

@@ -268,8 +268,9 @@ def plan(
     position = slots.context.at[slot].get(mode="clip") + row - cu_q_lens.at[slot].get(mode="clip")
     position = jnp.where(is_real, position, 0)
     kv_lens = jnp.where(q_lens > 0, slots.context + q_lens, 0)
-    # Several samples of a prompt hold the same pages of it, and what prefix caching found is held by several prompts.
-    shares &= num_sequences > queue.lengths.shape[0] or state.prefixes is not None
+    # Several samples of a prompt hold the same pages of it. So do prompts that prefix caching found alike; but there
+    # may be none, and to look for them costs six launches a layer.
+    shares &= num_sequences > queue.lengths.shape[0]
     batch = RaggedBatch(
         tokens=jnp.where(is_real, _tokens_at(queue, state.outputs, sequence.at[slot].get(mode="clip"), position), 0),
         positions=position,
