@@ -55,7 +55,8 @@ def ragged_paged_attention(
       q: queries, in float32, bfloat16 or float16.
       key_pages: pool of key pages, in the dtype of `q`, or int8, float8_e4m3fn or float8_e5m2 with scales.
       value_pages: pool of value pages, like that of keys.
-      page_table: pages of each slot in order; entries past its length are ignored and may be out of range.
+      page_table: pages of each slot in order; entries past its length, or behind the window of its first query, are
+        ignored and may be out of range.
       cu_q_lens: `int32[S + 1]`, cumulative query counts, from 0.
       kv_lens: keys of each slot, this step's included.
       scale: of the products, default `1 / sqrt(H)`.
@@ -83,7 +84,7 @@ def ragged_paged_attention(
       UnsupportedError: the backend asked for is unknown or can not run this call; the message gives every reason.
     """
     _check_arrays(q, key_pages, value_pages, key_scales, value_scales)
-    _check_batch(q, key_pages, page_table, cu_q_lens, kv_lens, kv_starts)
+    _check_batch(q, key_pages, page_table, cu_q_lens, kv_lens, kv_starts, window)
     _check_options(q.shape[1], window, soft_cap, alibi_slopes, sinks, max_q_len)
     integers = (jnp.asarray(x, jnp.int32) for x in (page_table, cu_q_lens, kv_lens))
     arguments = (q, key_pages, value_pages, *integers)
@@ -146,7 +147,7 @@ def _check_arrays(q, key_pages, value_pages, key_scales, value_scales) -> None:
         )
 
 
-def _check_batch(q, key_pages, page_table, cu_q_lens, kv_lens, kv_starts) -> None:
+def _check_batch(q, key_pages, page_table, cu_q_lens, kv_lens, kv_starts, window) -> None:
     _require(page_table.ndim == 2, f"page_table must be [slots, pages a slot], not {page_table.shape}")
     slots, pages_per_slot = page_table.shape
     arrays = {"page_table": page_table, "cu_q_lens": cu_q_lens, "kv_lens": kv_lens, "kv_starts": kv_starts}
@@ -172,7 +173,10 @@ def _check_batch(q, key_pages, page_table, cu_q_lens, kv_lens, kv_starts) -> Non
             f"kv_lens {kv_lens} exceed the {pages_per_slot} pages of {page_size} keys a slot; widen page_table",
         )
         if isinstance(page_table, np.ndarray):
-            used = live[:, None] & (np.arange(pages_per_slot) * page_size < kv_lens[:, None])
+            begin = np.arange(pages_per_slot) * page_size
+            used = live[:, None] & (begin < kv_lens[:, None])
+            if window is not None:
+                used &= begin + page_size > (kv_lens - np.diff(cu_q_lens) - window + 1)[:, None]
             pages = page_table[used]
             _require(
                 ((pages >= 0) & (pages < len(key_pages))).all(),

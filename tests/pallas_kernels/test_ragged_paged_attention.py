@@ -222,10 +222,12 @@ def test_refusals(rng):
 
 
 def test_values_of_numpy_arrays_are_checked(rng):
-    batch = make_batch(rng, (4, 2, 16), [1, 0], [5, 9])
+    batch = make_batch(rng, (4, 2, 16), [1, 0], [5, 9], page_size=4)
     host = {name: np.array(batch[name]) for name in ("page_table", "cu_q_lens", "kv_lens")}
     expected = run(batch, implementation="reference")
     np.testing.assert_array_equal(ragged_paged_attention(**(batch | host), implementation="reference"), expected)
     host["page_table"][0, 0] = len(batch["key_pages"])
-    with pytest.raises(ValueError, match="page_table names pages out of range of the 5 in the pool"):
+    with pytest.raises(ValueError, match="page_table names pages out of range of the 7 in the pool"):
         ragged_paged_attention(**(batch | host))
+    behind = {"window": 1, "implementation": "reference"}  # of the last query only the last key is seen
+    np.testing.assert_array_equal(ragged_paged_attention(**(batch | host), **behind), run(batch, **behind))
