@@ -450,4 +450,4 @@ def test_threads_end_before_python_does():
         print(driver._thread.name)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.split("\n")[:2], done.stderr) == (0, ["dsjax-engine", "[]"], "")
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["dsjax-engine", "[]"]), done.stderr

@@ -53,7 +53,7 @@ FILL = [("add", 0, 4, 24, 0, None)] * 2  # all rows of the smaller engine
 
 
 @hypothesis.example("tiny", [*FILL, ("step", 12, False), ("add", 1, 4, 24, 0, None), ("look",), ("abort", 0)])
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(name=st.sampled_from(["tiny", "ahead"]), events=events())
 def test_any_trace(players, name, events):
     before = len(_compiled)
@@ -68,7 +68,7 @@ def test_any_trace(players, name, events):
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
 def test_seeded_traces(players, name):
     player, rng, before = players[name], np.random.default_rng(5), len(_compiled)
-    for _ in range(60):
+    for _ in range(35):
         player.play(traces.random_events(rng, KINDS, most=30))
     assert _compiled[before:] == []
     player.close()

@@ -37,7 +37,7 @@ def histories(draw):
     return rounds, draw(st.sampled_from([ROOMY, TIGHT])), window, draw(st.integers(0, 3)), draw(st.booleans())
 
 
-@hypothesis.settings(max_examples=120, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=80, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(histories())
 def test_random_histories(history):
     """Later requests find pages of earlier ones, in pools of any size, with windows, samples and preemption."""

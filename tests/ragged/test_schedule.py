@@ -42,7 +42,7 @@ def traces(draw):
     return lengths, limits, sizes, held, draw(st.integers(0, 2**16))
 
 
-@hypothesis.settings(max_examples=500, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=300, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(traces())
 def test_random_traces(trace):
     """Also beside a slot that somebody else holds, and with prompts that are read whole."""

@@ -17,7 +17,7 @@ from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 SIZES = Sizes(slots=4, pages=14, page_size=4, token_budget=10, samples=3)
 
 
-@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(max_examples=70, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(
     lengths=st.lists(st.integers(1, LONGEST), min_size=PROMPTS, max_size=PROMPTS),
     limits=st.lists(st.integers(1, NEW), min_size=PROMPTS, max_size=PROMPTS),
