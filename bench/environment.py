@@ -20,7 +20,7 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "torch", "transfor
             versions[name] = None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([f"python -m bench.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m bench.{pathlib.Path(sys.argv[0]).stem}", *map(_relative, sys.argv[1:])]),
         "revision": _revision(),
         "device": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -28,6 +28,11 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "torch", "transfor
         "versions": versions,
         "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS") if name in os.environ},
     }
+
+
+def _relative(argument: str) -> str:
+    """An argument without the folder of this machine that the project lies in."""
+    return argument.replace(f"{pathlib.Path(__file__).resolve().parents[1]}{os.sep}", "")
 
 
 def _revision() -> str | None:

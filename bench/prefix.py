@@ -8,6 +8,7 @@ SmolLM2-135M's widths.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ import numpy as np
 
 import dsjax
 from bench.environment import environment
+from bench.shapes import SHAPES
 from dsjax.ragged.page_table import KEY_WORDS, Contents
 from dsjax.ragged.prefix import Prefixes
 
@@ -31,18 +33,7 @@ LOOKUPS = 16, 128  # texts, pages of each
 
 def model(layers: int) -> dsjax.Params:
     """Random parameters of SmolLM2-135M's widths."""
-    config = dsjax.ModelConfig(
-        model_type="llama",
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=layers,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_context=2048,
-        tie_embeddings=True,
-    )
+    config = dataclasses.replace(SHAPES["smollm2-135m"], num_layers=layers)
     return jax.jit(dsjax.prepare)(dsjax.init(config, jax.random.key(0)))
 
 

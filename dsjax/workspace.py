@@ -6,7 +6,6 @@ programs, before anything runs.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from dsjax.engine.programs import Sizes
 from dsjax.errors import EngineError, RequestError
 from dsjax.memory import readable
 from dsjax.params import Params
+from dsjax.watched import is_watched
 
 WORTHWHILE = 1.02  # so many times the pages are worth compiling again
 
@@ -70,11 +70,6 @@ class MemoryPlan:
             f"{readable(self.weights)} weights + {readable(self.temporaries)} temporaries + "
             f"{readable(self.state)} state + {pool} = {readable(self.total)} of {readable(self.memory)}"
         )
-
-
-def is_watched() -> bool:
-    """Whether somebody sees what is written to stderr: a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def device_bytes(tree: Any) -> int:

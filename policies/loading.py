@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dsjax.errors import ConfigError
 from dsjax.params import Params, flatten, leaf_dtype, leaf_specs, logical_axes, unflatten
 from dsjax.quantization import SCHEMES, QuantizedArray
 from dsjax.sharding import named_sharding
+from dsjax.watched import is_watched
 from policies.base import Leaf, Step, read_leaves
 from policies.sources import hub
 from policies.sources.blocks import KINDS, quantize_matrix
@@ -231,13 +231,12 @@ def _take(pending: collections.deque[tuple[concurrent.futures.Future, int]]) -> 
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(
         total=total,
         desc="loading",
         unit="B",
         unit_scale=True,
-        disable=not (watched if progress is None else progress),
+        disable=not (is_watched() if progress is None else progress),
         delay=0 if progress else _SECONDS,
         leave=False,
     )

@@ -1,4 +1,4 @@
-"""The engine's programs, compiled ahead of time: after that nothing compiles, whatever is asked for."""
+"""The engine's programs, compiled ahead of time but for a few that are seldom used."""
 
 import functools
 import threading

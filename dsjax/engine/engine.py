@@ -37,8 +37,8 @@ class Engine:
     """Answers requests that come over time, in a fixed memory.
 
     The scheduler is the one of `dsjax.generate` and runs on the device, so a request's output is what `generate` gives
-    for it alone. Everything is compiled before the first request. The engine holds the parameters and its state, and
-    nothing global: several live side by side. Methods may be called from any thread.
+    for it alone. What ordinary requests run is compiled before the first one. The engine holds the parameters and its
+    state, and nothing global: several live side by side. Methods may be called from any thread.
 
     Args:
       params: parameter tree, fused (`dsjax.prepare`) or not.

@@ -5,9 +5,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dsjax import workspace
 from dsjax.engine.core import Core
 from dsjax.engine.requests import Request
+from dsjax.watched import is_watched
 
 
 class Bar:
@@ -17,7 +17,7 @@ class Bar:
         self.done = 0
         self._requests, self._core = requests, core
         self._begin = time.perf_counter()
-        watched = workspace.is_watched() if progress is None else progress
+        watched = is_watched() if progress is None else progress
         self._bar = tqdm(total=len(requests), unit="request", disable=not watched, delay=0 if progress else 2.0)
         self._shown = 0.0
 

@@ -178,6 +178,6 @@ class PageTable:
 def _if_any(flags: jax.Array, changed: Callable, unchanged: Callable) -> Any:
     """`changed()` if any flag is set, else `unchanged()`, which is what the first then gives too.
 
-    Most steps change nothing, and a CPU saves the work; on a GPU it is small, and a branch would wait for the host.
+    Most steps change nothing, and a CPU saves the work; on a GPU it is small.
     """
     return lax.cond(jnp.any(flags), changed, unchanged) if current_gpu() is None else changed()

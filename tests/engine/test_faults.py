@@ -419,8 +419,7 @@ def test_processor_sees_the_text(engine, requests, alone):
 @pytest.fixture
 def press_once(plant):
     """Ctrl-C, from another thread, in the middle of a call of the device."""
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("only the main thread hears Ctrl-C")
+    assert threading.current_thread() is threading.main_thread(), "no other hears Ctrl-C"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda program, number: plant(_pressing(program, number))
     signal.signal(signal.SIGINT, before)
