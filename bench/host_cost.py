@@ -22,6 +22,7 @@ from dsjax.engine.core import Core
 from dsjax.engine.programs import FLAGS, STATUS, Sizes, packet_dtype
 from dsjax.engine.requests import Request, new_metrics
 from dsjax.engine.sampling_params import SamplingParams
+from dsjax.ragged.groups import PageGroups
 from dsjax.ragged.state import Finish
 
 RUNNING = (64, 256, 1024, 2048)
@@ -53,6 +54,7 @@ class FakeDevice:
             rows=2 * slots,
             pages=1 << 20,
             page_size=64,
+            groups=PageGroups(),
             token_budget=max(512, slots),
             max_context=CONTEXT,
             steps_per_sync=1,

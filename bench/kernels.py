@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bench import rivals, timing
+from bench import experts, quantized, rivals, timing
 from bench.problems import Attention, Dense, Matmul, Norm, Rotary, Threshold, decode, described, prefill, ragged
 from bench.timing import Contender, ceilings, chained, failure, measure, replace
 from pallas_kernels.add_norm import add_norm
@@ -32,6 +32,8 @@ from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.few_row_matmul import few_row_matmul
 from pallas_kernels.few_row_matmul.reference import ACTIVATIONS
 from pallas_kernels.few_row_matmul.shapes import MODELS
+from pallas_kernels.grouped_matmul.shapes import MODELS as MIXTURES
+from pallas_kernels.quantized_matmul.shapes import PRODUCTS
 from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention, shared_prefixes
 from pallas_kernels.rotary_page_write import rotary_page_write
 from pallas_kernels.rotary_page_write.shapes import SHAPES
@@ -258,6 +260,7 @@ def _attention_cases(shrink: Callable[[Any], Any]) -> list[Case]:
     add("mixed: a chunk of 480 and 31 tokens", Attention((480, *(1,) * 31), (4096,) * 32), **backends)
     add("prefill 8k, heads of 64", prefill(8192, head_dim=64), **backends)
     add("16 prompts of 512", Attention((512,) * 16, (512,) * 16), **backends)
+    add("4 chunks of 512 after 8k, int8", dataclasses.replace(chunk, stored="int8"))
     return cases
 
 
@@ -310,11 +313,62 @@ def _other_cases(shrink: Callable[[Any], Any]) -> list[Case]:
     return cases
 
 
+def _expert_cases(shrink: Callable[[Any], Any]) -> list[Case]:
+    cases = []
+    others = {"XLA ragged_dot": experts.ragged_dot, "torch _grouped_mm": experts.torch_grouped_mm}
+    for model in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"):
+        for tokens in (1, 32, 64, 2048, 8192):
+            for is_int4 in (False, True) if model == "mixtral-8x7b" else (False,):
+                problem = shrink(experts.Experts(MIXTURES[model], tokens, is_int4))
+                contenders = {f"{OWN} triton": functools.partial(experts.kernels, problem)}
+                goals = [Goal("copy", 0.75)]
+                if not is_int4:
+                    contenders |= _rivals(others, problem)
+                    if tokens > 64:
+                        goals = [Goal("XLA ragged_dot", 5.0), Goal("torch _grouped_mm", 1.0)]
+                name = f"{model}{' int4' if is_int4 else ''}, {tokens} tokens"
+                cases.append(Case("grouped_matmul", name, problem, contenders, () if is_int4 else tuple(goals)))
+    return cases
+
+
+def _quantized_cases(shrink: Callable[[Any], Any]) -> list[Case]:
+    cases = []
+
+    def add(name, rows, format="int4", *goals):
+        problem = shrink(quantized.Quantized(PRODUCTS[name], rows, format))
+        contenders = {f"{OWN} triton": functools.partial(quantized.kernel, problem)}
+        contenders["XLA dequantized"] = functools.partial(quantized.xla, problem)
+        contenders["torch linear, bf16"] = functools.partial(rivals.torch_linear, problem.dense)
+        if format == "int4" and problem.product.activation is None:
+            contenders["torch int4"] = functools.partial(quantized.torch_int4, problem)
+        cases.append(Case("quantized_matmul", f"{format}, {name}, {rows} rows", problem, contenders, goals))
+
+    for rows, ratio in ((1, 3.0), (16, 3.0), (32, 2.7), (64, 2.0)):
+        for name in ("llama-3.1-8b qkv", "llama-3.1-8b out", "llama-3.1-8b gate_up", "llama-3.1-8b down"):
+            goals = [Goal("torch linear, bf16", ratio)]
+            if rows == 1:
+                goals.append(Goal("copy", 0.50))
+            if "gate_up" not in name:
+                goals.append(Goal("torch int4", 1.5))
+            add(name, rows, "int4", *goals)
+    add("8192 x 16384", 1, "int4", Goal("copy", 0.65), Goal("torch int4", 1.5))
+    for format in ("int8", "fp8"):
+        add("llama-3.1-8b down", 1, format, Goal("torch linear, bf16", 1.75))
+        add("llama-3.1-8b gate_up", 32, format)
+    for format in ("q4_0", "fp8 blocks", "fp6", "nf4", "mxfp4", "nvfp4"):
+        add("llama-3.1-8b down", 1, format)
+        add("llama-3.1-8b down", 32, format)
+    for rows in (128, 256, 512):
+        add("llama-3.1-8b down", rows)
+    add("llama-3.3-70b gate_up", 32)
+    return cases
+
+
 @functools.cache
 def cases(tiny: bool = False) -> dict[str, Case]:
     """All cases by title, those with goals first; `tiny` ones for a rehearsal."""
     shrink = (lambda problem: problem.tiny()) if tiny else (lambda problem: problem)
-    every = _attention_cases(shrink) + _other_cases(shrink)
+    every = _attention_cases(shrink) + _expert_cases(shrink) + _quantized_cases(shrink) + _other_cases(shrink)
     return {case.title: case for case in sorted(every, key=lambda case: not case.goals)}
 
 

@@ -37,7 +37,7 @@ from dsjax.engine.compiled import Programs
 from dsjax.engine.programs import Sizes
 from dsjax.engine.setup import choose_sizes
 from dsjax.memory import readable
-from dsjax.params import Params, flatten, logical_axes, unflatten
+from dsjax.params import Params, flatten, leaf_sharding, logical_axes, unflatten
 from dsjax.quantization import SCHEMES, QuantizedArray
 from dsjax.sharding import named_sharding
 from pallas_kernels.targets import TARGETS, available, compile_for, sharding, topology
@@ -130,10 +130,10 @@ def shapes(model: str, stored: str, target: str, devices: int) -> Params:
         if stored not in SCHEMES or leaf.ndim < 2:
             leaves[path] = place(path, leaf.shape, leaf.dtype)
             continue
-        scheme, (*rows, width) = SCHEMES[stored], leaf.shape
-        packed = place(path, (*rows, width * scheme.bits // 8), jnp.int8 if scheme.bits == 8 else jnp.uint8)
-        scales = place(path, (*rows, width // scheme.group_size), jnp.float16)
-        leaves[path] = QuantizedArray(packed, scales, scales if scheme.has_minimum else None, scheme, leaf.dtype)
+        scheme = SCHEMES[stored]
+        whole = QuantizedArray(**{"minimums": None, **scheme.parts(leaf.shape)}, scheme=scheme, dtype=leaf.dtype)
+        where = leaf_sharding(whole, axes[path], mesh) if devices > 1 else jax.tree.map(lambda _: one, whole)
+        leaves[path] = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), whole, where)
     return unflatten(leaves, params.config)
 
 

@@ -21,6 +21,8 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dispatch import current_gpu
 from pallas_kernels.few_row_matmul import few_row_matmul
+from pallas_kernels.quantized_matmul import ELEMENTS, dequantize, quantized_matmul, to_tiles
+from pallas_kernels.quantized_matmul.shapes import FORMATS
 from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention, shared_prefixes
 from pallas_kernels.ragged_paged_attention.shapes import DEEPSPEED
 from pallas_kernels.rotary_page_write import rotary_page_write
@@ -277,6 +279,40 @@ def matmul(rows: int, out: int, inner: int, activation: str | None, partial: boo
     return {"out": errors(found, exact, plain.astype(jnp.dtype(dtype)), dtype)}
 
 
+def quantized(name: str, rows: int, extra: str, activation: str | None, tiny: bool = False) -> dict[str, Any]:
+    """A product with random codes in tiles against its weight dequantized on the host."""
+    rng, (out, inner) = np.random.default_rng(0), (64, 256) if tiny else (1040, 2048)
+    format, scale_dtype = FORMATS[name]
+    stored = ELEMENTS[format.element]
+    values = rng.integers(0, 256, (out, inner * stored.bits // 8)).astype(np.uint8)
+    if format.element == "e4m3":
+        values[values & 127 == 127] = 0  # NaN
+    shape = format.scales_shape(out, inner)
+    scales = rng.integers(118, 124, shape) if scale_dtype == "uint8" else rng.uniform(0.01, 0.02, shape)
+    arrays: list[Any] = [jnp.asarray(values.view(stored.dtype)), jnp.asarray(scales, scale_dtype), None, None]
+    if "zeros" in extra:
+        arrays[2] = jnp.asarray(rng.integers(0, 16, shape), jnp.uint8 if extra == "zeros" else jnp.float32)
+    if extra == "minimums":
+        arrays[3] = jnp.asarray(rng.normal(size=shape) / 10, jnp.float16)
+    x = jnp.asarray(rng.normal(size=(rows, inner)), jnp.bfloat16)
+    *tiled, layout = to_tiles(*arrays, format=format)
+    run = functools.partial(quantized_matmul, format=layout, activation=activation, partial=activation is None)
+    found = jax.jit(functools.partial(run, implementation="triton"))(x, *tiled)
+    with _host():
+        on_host: list[Any] = [None if each is None else jnp.asarray(np.asarray(each)) for each in arrays]
+        weight = dequantize(*on_host, format=format)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    if activation is not None:
+        gate, up = np.split(exact, 2, axis=-1)
+        return {
+            "out": errors(found, exact := gate / (1 + np.exp(-gate)) * up, exact.astype(jnp.bfloat16), jnp.bfloat16)
+        }
+    error = np.asarray(found, np.float64).sum(0) - exact
+    relative = float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
+    # Where it rounds weights to bfloat16, and its table of nf4.
+    return {"out": {"relative": relative, "passed": relative < 3e-3}}
+
+
 def threshold(vocab: int, implementation: str, tiny: bool = False) -> dict[str, Any]:
     """Against the reference on the host: what differs in being kept must weigh next to nothing."""
     vocab = 60 if tiny else vocab
@@ -382,6 +418,18 @@ def _checks(tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     ):
         name = f"few_row_matmul: {rows} rows, {activation}, {'in parts, ' if partial else ''}{dtype} [triton]"
         add(name, matmul, rows, *size, activation, partial, dtype, "triton")
+    kinds = [
+        ("int4", 1, "", None),
+        ("int4", 16, "zeros", None),
+        ("q4_0", 64, "minimums", None),
+        ("q4_0", 5, "floating zeros", None),
+        ("int4", 32, "", "silu"),
+        ("int4", 200, "", None),
+        *((name, rows, "", None) for name in FORMATS for rows in (7, 64) if name != "int4"),
+    ]
+    for name, rows, extra, activation in kinds[: 2 if tiny else None]:
+        title = f"quantized_matmul: {name}{extra and ' with '}{extra}, {rows} rows, {activation} [triton]"
+        add(title, quantized, name, rows, extra, activation, tiny=tiny)
     add("cascade_attention [triton]", cascade, "triton", tiny=tiny)
     implementations = ("cudnn", "xla") if current_gpu() is not None else ("xla",)
     for name in implementations:

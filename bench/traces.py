@@ -34,7 +34,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "single": dict(slots=1, token_budget=1, page_size=16, pages=4, steps_per_sync=2),
     "whole": dict(slots=4, token_budget=64, page_size=4, pages=17, steps_per_sync=2, split_fuse=False),
     "uncached": dict(slots=4, token_budget=8, page_size=8, pages=10, steps_per_sync=1, prefix_caching=False),
-    "window": dict(slots=4, token_budget=8, page_size=4, pages=17, steps_per_sync=2),
+    "window": dict(slots=4, token_budget=8, page_size=4, pages=25, steps_per_sync=2),
 }
 _ROOMY: dict[str, Any] = dict(slots=5, token_budget=64, page_size=16, pages=20, prefix_caching=False)
 _PLAIN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -43,7 +43,7 @@ _PLAIN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 @functools.cache
 def model(window: bool = False, version: int = 0) -> dsjax.Params:
     """Parameters of a tiny model; versions differ in their values alone."""
-    config = testing.tiny_config(windows=(7, 12) if window else ())
+    config = testing.tiny_config(windows=(None, 7) if window else ())
     return testing.tiny_params(config, seed=version)
 
 

@@ -27,11 +27,15 @@ import jax
 from bench import timing
 from bench.dumps import dumped
 from bench.problems import Attention, Matmul, Rotary, decode, described, prefill
+from bench.quantized import Quantized
 from bench.timing import Contender, calls_of, chained, failure, measure, replace, touch
 from pallas_kernels import dispatch
 from pallas_kernels.few_row_matmul import few_row_matmul
 from pallas_kernels.few_row_matmul import triton as few_row_triton
 from pallas_kernels.few_row_matmul.shapes import MODELS
+from pallas_kernels.quantized_matmul import Format, quantized_matmul, tile_width, tiles
+from pallas_kernels.quantized_matmul import triton as quantized_triton
+from pallas_kernels.quantized_matmul.shapes import FORMATS, PRODUCTS
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.shapes import MODELS as ATTENTION
 from pallas_kernels.resources import read_resources
@@ -107,6 +111,17 @@ def matmul_call(problem: Matmul) -> tuple[Any, ...]:
 
     def call(x, _, weight):
         return few_row_matmul(x, weight, activation=activation, partial=partial, implementation="triton")
+
+    return call, x, None, weights, touch
+
+
+def quantized_call(problem: Quantized) -> tuple[Any, ...]:
+    x, weights, format = problem.arrays(is_tiled=True)
+    *_, activation, partial = problem.product
+    run = functools.partial(quantized_matmul, format=format, implementation="triton")
+
+    def call(x, _, weight):
+        return run(x, *weight, activation=activation, partial=partial)
 
     return call, x, None, weights, touch
 
@@ -287,6 +302,26 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
         }
         return Item("few_row_matmul", f"{model} {name}, {rows} rows", (problem,), matmul_call, start, choices)
 
+    def quantized(name: str, rows: int, format_name: str = "int4") -> Item:
+        problem = shrink(Quantized(PRODUCTS[name], rows, format_name))
+        out, inner, activation, partial = problem.product
+        format: Format = FORMATS[format_name][0]
+        unit = tiles.unit_of(format, tile_width(format, inner) or 16)
+        sizes = {"units": inner // unit, "unit": unit, "unit_bytes": unit * format.bits // 8}
+        gated = activation is not None
+        columns = out // 2 if gated else out
+        start = quantized_triton.block_sizes(problem.rows, columns, **sizes, gated=gated, partial=partial, gpu=gpu)
+        choices = {
+            "splits": (1, 2, 3, 4, 6, 8) if partial else (1,),
+            "block_n": (32, 64, 128, 256),
+            "num_stages": (2, 3, 4, 5, 6),
+            "num_warps": (4, 8),
+            "swap": (False, True),
+        }
+        return Item(
+            "quantized_matmul", f"{format_name}, {name}, {rows} rows", (problem,), quantized_call, start, choices
+        )
+
     def attention(kind: str, model: str, page_size: int, stored: str = "bfloat16") -> Item:
         shape = ATTENTION[model]
         options: dict[str, Any] = {
@@ -326,6 +361,9 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
     yield attention("prefill", "llama-3.1-8b", 64)
     yield from (few_rows("llama-3.1-8b", name, 32) for name in ("gate_up", "down", "out", "head"))
     yield from (few_rows("llama-3.1-8b", name, 1) for name in MODELS["llama-3.1-8b"])
+    eight = [f"llama-3.1-8b {name}" for name in ("qkv", "out", "gate_up", "down")]
+    yield from (quantized(name, rows) for rows in (1, 16, 32, 64) for name in eight)
+    yield from (quantized(name, rows, format) for format in ("int8", "fp6") for rows in (1, 32) for name in eight)
     yield attention("decode", "llama-3.3-70b", 64)
     yield attention("decode", "llama-3.1-8b", 64, "int8")
     yield attention("decode", "llama-3.1-8b", 64, "float8_e4m3fn")

@@ -31,7 +31,8 @@ from bench.shapes import SHAPES
 from bench.timing import Contender, ceilings, failure, measure
 from dsjax.config import ModelConfig
 from dsjax.generation import decode_steps, start, step
-from dsjax.ragged.schedule import admit, pages_for
+from dsjax.ragged.groups import pages_for
+from dsjax.ragged.schedule import admit
 from dsjax.request import request
 from pallas_kernels.dispatch import VARIABLE
 from pallas_kernels.launches import read_schedule

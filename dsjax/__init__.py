@@ -80,7 +80,7 @@ _CONTENTS = {
     ),
     "dsjax.generation": ("Generation", "generate"),
     "dsjax.params": ("Params", "abstract", "init", "prepare"),
-    "dsjax.quantization": ("QuantizedArray",),
+    "dsjax.quantization": ("QuantizedArray", "quantize"),
     "dsjax.ragged": ("KVPages", "PageTable", "RaggedBatch"),
     "dsjax.ragged.state": ("Finish",),
     "dsjax.scoring": ("logits", "score"),

@@ -34,9 +34,9 @@ from jax.core import Tracer
 
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError, ParameterError
-from dsjax.params import Params, flatten, leaf_dtype, logical_axes, unflatten, validate
-from dsjax.quantization import SCHEMES, QuantizedArray
-from dsjax.sharding import named_sharding
+from dsjax.params import Params, flatten, leaf_dtype, leaf_sharding, logical_axes, unflatten, validate
+from dsjax.quantization import SCHEMES, QuantizedArray, Scheme
+from dsjax.quantization.leaf import PARTS
 
 if TYPE_CHECKING:
     from dsjax.tokenizer import Tokenizer
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "dsjax.json"
 _ARRAYS = "arrays"
-_PARTS = ("values", "scales", "minimums")
 # Reading a shard decodes whole chunks, so a chunk must be small beside a leaf.
 _CHUNK_BYTES = 64 << 20
 # What the host holds at once: a group of leaves, or one leaf that is larger.
@@ -73,6 +72,7 @@ def save(
     leaves = flatten(params)
     for name, leaf in leaves.items():
         _check_leaf(name, leaf)
+        leaves[name] = leaf.in_rows() if isinstance(leaf, QuantizedArray) else leaf
     target = Path(os.path.realpath(os.path.expanduser(path)))
     try:
         _check_target(target, overwrite)
@@ -223,11 +223,12 @@ def _dataclass_from_json(kind: Any, data: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    if isinstance(leaf, QuantizedArray) and SCHEMES.get(leaf.scheme.name) != leaf.scheme:
+    if isinstance(leaf, QuantizedArray) and SCHEMES.get(leaf.scheme.name, leaf.scheme) != leaf.scheme:
         raise ParameterError(
-            f"leaf '{name}' has the scheme {leaf.scheme}, which is not one of dsjax.quantization.SCHEMES"
+            f"leaf '{name}' has the scheme {leaf.scheme}, whose name stands for another in dsjax.quantization.SCHEMES; "
+            "make it with dsjax.quantization.scheme"
         )
-    for array in _parts(leaf).values() if isinstance(leaf, QuantizedArray) else [leaf]:
+    for array in dict(leaf.parts()).values() if isinstance(leaf, QuantizedArray) else [leaf]:
         if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
             raise ParameterError(
                 f"leaf '{name}' is a {type(array).__name__}, which has no values; save concrete arrays"
@@ -236,10 +237,6 @@ def _check_leaf(name: str, leaf: Any) -> None:
             raise ParameterError(f"leaf '{name}' was donated; save the tree that came out of that call")
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ParameterError(f"leaf '{name}' lies partly in other processes; save where all of it is addressable")
-
-
-def _parts(leaf: QuantizedArray) -> dict[str, Any]:
-    return {part: array for part in _PARTS if (array := getattr(leaf, part)) is not None}
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -335,7 +332,7 @@ def _commit(folder: Path, target: Path, overwrite: bool) -> None:
 def _write_arrays(leaves: dict[str, Any], folder: Path) -> None:
     import orbax.checkpoint as ocp
 
-    arrays = {name: _parts(leaf) if isinstance(leaf, QuantizedArray) else leaf for name, leaf in leaves.items()}
+    arrays = {name: dict(leaf.parts()) if isinstance(leaf, QuantizedArray) else leaf for name, leaf in leaves.items()}
     tree = traverse_util.unflatten_dict(arrays, sep=".")
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     try:
@@ -374,8 +371,11 @@ def _write_manifest(config: ModelConfig, leaves: dict[str, Any], folder: Path) -
 
 def _describe(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, QuantizedArray):
-        parts = {part: _describe(array) for part, array in _parts(leaf).items()}
-        return {"scheme": leaf.scheme.name, "dtype": jnp.dtype(leaf.dtype).name, **parts}
+        parts = {part: _describe(array) for part, array in leaf.parts()}
+        # A scheme that is not in the table is written out.
+        scheme = leaf.scheme.name if leaf.scheme.name in SCHEMES else dataclasses.asdict(leaf.scheme)
+        shared = {"shares_inputs": True} if leaf.shares_inputs else {}
+        return {"scheme": scheme, "dtype": jnp.dtype(leaf.dtype).name, **shared, **parts}
     return {"dtype": leaf.dtype.name, "shape": list(leaf.shape)}
 
 
@@ -430,10 +430,16 @@ def _abstract(entry: dict[str, Any]) -> Any:
     """A leaf as shapes, from its entry in the manifest."""
     if "scheme" not in entry:
         return jax.ShapeDtypeStruct(tuple(map(int, entry["shape"])), jnp.dtype(entry["dtype"]))
-    if entry["scheme"] not in SCHEMES:
+    if isinstance(entry["scheme"], dict):
+        scheme = Scheme(**entry["scheme"])
+    elif entry["scheme"] in SCHEMES:
+        scheme = SCHEMES[entry["scheme"]]
+    else:
         raise ValueError(f"scheme {entry['scheme']!r} is unknown; known are: {', '.join(SCHEMES)}")
-    parts: dict[str, Any] = {part: _abstract(entry[part]) if part in entry else None for part in _PARTS}
-    return QuantizedArray(**parts, scheme=SCHEMES[entry["scheme"]], dtype=jnp.dtype(entry["dtype"]))
+    parts: dict[str, Any] = {part: _abstract(entry[part]) if part in entry else None for part in PARTS}
+    return QuantizedArray(
+        **parts, scheme=scheme, dtype=jnp.dtype(entry["dtype"]), shares_inputs=bool(entry.get("shares_inputs"))
+    )
 
 
 def _select(folder: Path, names: Mapping[str, Any], patterns: Sequence[str]) -> list[str]:
@@ -457,14 +463,17 @@ def _floating(dtype: Any) -> np.dtype | None:
 
 def _request(leaf: Any, axes: tuple[str, ...], dtype: np.dtype | None, mesh: jax.sharding.Mesh | None) -> Any:
     """A leaf as shapes with the dtype that it should have and where it should go; no sharding is the default device."""
-
-    def place(part: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else named_sharding(mesh, axes, part.shape)
-        return jax.ShapeDtypeStruct(part.shape, dtype, sharding=sharding)
-
     if isinstance(leaf, QuantizedArray):
-        return jax.tree.map(lambda part: place(part, part.dtype), leaf.astype(dtype or leaf.dtype))
-    return place(leaf, dtype or leaf.dtype)
+        leaf = leaf.astype(dtype or leaf.dtype)
+    else:
+        leaf = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+    if mesh is None:
+        return leaf
+    return jax.tree.map(
+        lambda part, where: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where),
+        leaf,
+        leaf_sharding(leaf, axes, mesh),
+    )
 
 
 def _groups(leaves: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -490,7 +499,7 @@ def _read_arrays(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=part.dtype)
         return ocp.ArrayRestoreArgs(sharding=part.sharding, global_shape=part.shape, dtype=part.dtype)
 
-    parts = {name: _parts(leaf) if isinstance(leaf, QuantizedArray) else leaf for name, leaf in group.items()}
+    parts = {name: dict(leaf.parts()) if isinstance(leaf, QuantizedArray) else leaf for name, leaf in group.items()}
     item = traverse_util.unflatten_dict(parts, sep=".")
     args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(how, item), partial_restore=True)
     try:
@@ -512,7 +521,7 @@ def _place(where: str, leaf: Any, found: Any) -> Any:
         return array if isinstance(array, jax.Array) else jax.device_put(array)
 
     if isinstance(leaf, QuantizedArray):
-        placed = {part: put(shape, found[part]) for part, shape in _parts(leaf).items()}
+        placed = {part: put(shape, found[part]) for part, shape in leaf.parts()}
         leaf = dataclasses.replace(leaf, **placed)
     else:
         leaf = put(leaf, found)

@@ -1,4 +1,4 @@
-"""The command line: `dsjax generate`, `dsjax chat`, `dsjax info`.
+"""The command line: `dsjax generate`, `dsjax chat`, `dsjax info`, `dsjax convert`.
 
 Text goes to stdout and nothing else does, so that a pipe gets just the text. What is going on is shown on stderr while
 that is a terminal; a closing line of figures goes there always, unless `--quiet`. JAX is imported by the commands that
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -16,9 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dsjax.errors import DsjaxError, RequestError
+from dsjax.errors import CheckpointError, DsjaxError, RequestError
 
 if TYPE_CHECKING:
     from dsjax.session import Session
@@ -90,7 +91,7 @@ def _version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsjax", description="Generate text from a checkpoint with JAX.")
     parser.add_argument("--version", action="store_true", help="show versions and exit")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,chat,info}")
+    commands = parser.add_subparsers(dest="command", metavar="{generate,chat,info,convert}")
 
     model = argparse.ArgumentParser(add_help=False)
     add = model.add_argument
@@ -138,7 +139,30 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("chat", parents=[model, talk], help="talk with a model").set_defaults(run=_chat)
     info = commands.add_parser("info", parents=[model], help="architecture, bytes by part, memory plan")
     info.set_defaults(run=_info)
+    convert = commands.add_parser("convert", help="write a checkpoint as dsjax keeps it, quantized if you like")
+    add = convert.add_argument
+    add("model", metavar="MODEL", help="a hub id, a Hugging Face folder, or a .gguf file")
+    add("out", metavar="OUT", help="the folder to write, for dsjax.load")
+    add(
+        "--quantize",
+        type=_recipe,
+        metavar="RECIPE",
+        help="a scheme, such as int4 or fp8, none to dequantize, or a recipe in JSON: "
+        """'{"embed": null, "*": "int4"}'; default: as the file has it""",
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of plain leaves")
+    add("--overwrite", action="store_true", help="replace OUT, if dsjax wrote it")
+    add("--debug", action="store_true", help="show tracebacks")
+    convert.set_defaults(run=_convert, quiet=False)
     return parser
+
+
+def _recipe(text: str) -> Any:
+    """A scheme's name, or a mapping in JSON, for argparse."""
+    try:
+        return json.loads(text) if text.startswith("{") else text
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
 
 
 def _count(text: str) -> int:
@@ -303,6 +327,24 @@ def _info(args: argparse.Namespace) -> None:
     from dsjax import info
 
     print(info.describe(args.model, dtype=dtype, quantize=quantize, max_model_len=args.max_model_len))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import dsjax
+    from dsjax import checkpoint
+    from policies.sources import hub
+
+    path = hub.resolve(args.model)
+    if not args.overwrite and os.path.lexists(args.out):
+        raise CheckpointError(f"{args.out} is there already; remove it, or give --overwrite if dsjax wrote it")
+    with _status(args, f"converting {args.model}"):
+        tokenizer = dsjax.load_tokenizer(path)
+        checkpoint.save(
+            dsjax.load(path, dtype=args.dtype, quantize=args.quantize),
+            args.out,
+            tokenizer=tokenizer,
+            overwrite=args.overwrite,
+        )
 
 
 @contextlib.contextmanager

@@ -386,12 +386,6 @@ class ModelConfig:
         """Sliding window of one layer in tokens, or `None`."""
         return self.windows[layer] if self.windows else None
 
-    @property
-    def shared_window(self) -> int | None:
-        """How many keys back any layer looks, or `None` when one of them looks all the way."""
-        windows = [window for window in self.windows if window is not None]
-        return max(windows) if windows and len(windows) == len(self.windows) else None
-
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts."""
         return self.experts is not None and (not self.experts.layers or self.experts.layers[layer])

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsjax.config import ModelConfig
 from dsjax.layers.linear import head
 from dsjax.params import Params
 from dsjax.ragged.batch import RaggedBatch
@@ -40,8 +39,8 @@ def start(params: Params, queue: Queue, capacity: Capacity) -> State:
     sequences = queue.prompt.shape[0]
     room = (sequences, capacity.max_new_tokens)
     return State(
-        pages=KVPages.zeros(params.config, capacity.pages, capacity.page_size, capacity.kv_dtype),
-        table=PageTable.empty(capacity.slots, capacity.pages_per_slot, capacity.pages),
+        pages=KVPages.zeros(params.config, capacity.pages, capacity.page_size, capacity.kv_dtype, capacity.groups),
+        table=PageTable.empty(capacity.slots, capacity.pages_per_slot, capacity.pages, groups=capacity.groups.count),
         slots=Slots(jnp.full(capacity.slots, FREE, jnp.int32), jnp.zeros(capacity.slots, jnp.int32)),
         outputs=Outputs(
             tokens=jnp.zeros(room, jnp.int32),
@@ -90,7 +89,7 @@ def step(
         split_fuse=split_fuse,
         alternatives=alternatives,
     )
-    state, emitted = settle(params.config, queue, state, batch, logits, alternatives)
+    state, emitted = settle(queue, state, batch, logits, alternatives)
     return state, dataclasses.replace(emitted, **ranked_prompt)
 
 
@@ -121,7 +120,6 @@ def propose(
 
 
 def settle(
-    config: ModelConfig,
     queue: Queue,
     state: State,
     batch: RaggedBatch,
@@ -132,7 +130,6 @@ def settle(
     """The second half of `step`: sample, and take in what was sampled.
 
     Args:
-      config: the model's.
       queue: the requests.
       state: as planned.
       batch: what was computed.
@@ -165,7 +162,7 @@ def settle(
             wants = queue.wants_alternatives[prompt] & (sequence < queue.prompt.shape[0])
             ranked = _ranked(logits, token, alternatives, wants)
     with jax.named_scope("advance"):
-        state, emitted = advance(queue, state, batch, state.pages, token, *drawn, window=config.shared_window)
+        state, emitted = advance(queue, state, batch, state.pages, token, *drawn)
     return state, dataclasses.replace(emitted, ranked=ranked)
 
 
@@ -230,7 +227,7 @@ def _history(queue: Queue, outputs: Outputs, sequence: jax.Array, vocab: int) ->
 def mixed_step(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
     """A pass with room for prompts, then admission, so that slots and prompts that it freed are used by the next."""
     state, _ = step(params, queue, state, capacity.token_budget, implementation=capacity.implementation)
-    return admit(queue, state, params.config.shared_window)
+    return admit(queue, state)
 
 
 def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity) -> State:
@@ -242,7 +239,7 @@ def decode_steps(params: Params, queue: Queue, state: State, capacity: Capacity)
     def body(_, state):
         return step(params, queue, state, capacity.slots, max_q_len=1, implementation=capacity.implementation)[0]
 
-    return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state), params.config.shared_window)
+    return admit(queue, lax.fori_loop(0, capacity.steps_per_sync, body, state))
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -325,7 +322,8 @@ def generate(
       page_size: tokens a page; static.
       token_budget: tokens of a step that reads prompts, default all prompt tokens up to 512; static.
       steps_per_sync: decode steps between two looks at the queue, default 1 on a CPU and 16 elsewhere; static.
-      kv_dtype: of the pages, default the embedding's; static.
+      kv_dtype: of the pages, default the embedding's; int8 and `"fp8"` halve them, with a scale for each token and
+        head; static.
       return_sampling_logprobs: also keep log-probabilities under the distribution that was sampled from; static.
       implementation: backend of the kernels, `"mosaic"`, `"triton"`, `"xla"` or `"reference"`, default the best that
         the GPU runs; static. On a CPU that is `"xla"`, and `"triton"` is interpreted, for tests.

@@ -162,9 +162,7 @@ def _weights(config: ModelConfig, parts: list[Stored]) -> Iterator[str]:
 def _loaded_bytes(part: Stored, dtype: str, quantize: str | None) -> int:
     """What the weights of a part take when they are loaded."""
     if quantize in SCHEMES and part.part != "norms":
-        scheme = SCHEMES[quantize]
-        scales = 4 if scheme.has_minimum else 2
-        return part.parameters * scheme.bits // 8 + part.parameters // scheme.group_size * scales
+        return SCHEMES[quantize].nbytes((1, part.parameters))
     if quantize is None and part.kind.lower() in SCHEMES:
         return part.nbytes
     return part.parameters * jnp.dtype(dtype).itemsize

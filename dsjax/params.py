@@ -54,7 +54,10 @@ from flax import traverse_util
 
 from dsjax.config import Experts, Latent, ModelConfig, Patches
 from dsjax.errors import ParameterError
+from dsjax.inputs import is_traced
 from dsjax.quantization import QuantizedArray
+from dsjax.sharding import named_sharding
+from pallas_kernels.dispatch import prefers_kernels
 
 
 class Params(dict):
@@ -321,11 +324,17 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     )
 
 
+def _specs_of(params: Params) -> Mapping[str, LeafSpec]:
+    """The specs of a tree, with its joined projections."""
+    return _fused_specs(params.config, frozenset(path for path in flatten(params) if _is_fused(path)))
+
+
 @functools.cache
-def _fused_specs(config: ModelConfig) -> Mapping[str, LeafSpec]:
-    """The specs of a tree after `prepare`."""
+def _fused_specs(config: ModelConfig, joined: frozenset[str]) -> Mapping[str, LeafSpec]:
     specs = dict(leaf_specs(config))
     for paths, fused in _fusions(config, leaf_specs(config)):
+        if fused not in joined:
+            continue
         pieces = [specs.pop(path) for path in paths]
         shape, out = list(pieces[0].shape), _out_axis(fused)
         shape[out] = sum(piece.shape[out] for piece in pieces)
@@ -340,18 +349,36 @@ def _out_axis(path: str) -> int:
 
 def is_fused(params: Params) -> bool:
     """Whether `prepare` has joined the projections of this tree."""
-    return any(".qkv." in path or ".gate_up." in path for path in flatten(params))
+    return any(map(_is_fused, flatten(params)))
+
+
+def _is_fused(path: str) -> bool:
+    return ".qkv." in path or ".gate_up." in path
 
 
 def logical_axes(params: Params) -> dict[str, tuple[str, ...]]:
     """Logical axis names of each leaf by dotted path, fused or not."""
-    specs = _fused_specs(params.config) if is_fused(params) else leaf_specs(params.config)
-    return {path: spec.axes for path, spec in specs.items()}
+    return {path: spec.axes for path, spec in _specs_of(params).items()}
+
+
+def leaf_sharding(leaf: Any, axes: tuple[str, ...], mesh: jax.sharding.Mesh | None) -> Any:
+    """Where a leaf lives: a sharding, of a quantized leaf one for each of its arrays, or `None` without a mesh.
+
+    Args:
+      leaf: arrays, or their shapes.
+      axes: logical names of the axes of the weight.
+      mesh: devices; see `named_sharding`.
+    """
+    if mesh is None:
+        return None
+    if isinstance(leaf, QuantizedArray):
+        return leaf.shardings(named_sharding(mesh, axes, leaf.units))
+    return named_sharding(mesh, axes, leaf.shape)
 
 
 def _leaf_problems(params: Params) -> Iterator[str]:
     leaves = flatten(params)
-    specs = _fused_specs(params.config) if is_fused(params) else leaf_specs(params.config)
+    specs = _specs_of(params)
     for path, spec in specs.items():
         leaf = leaves.get(path)
         if leaf is None:
@@ -387,8 +414,8 @@ def leaf_dtype(path: str, dtype: Any) -> Any:
     return jnp.float32 if path.endswith(".router.correction") else dtype
 
 
-def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> Params:
-    """Fuse q, k, v and gate, up of every layer, and cast: fewer, larger products a step.
+def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False, tiled: bool | None = None) -> Params:
+    """Fuse q, k, v and gate, up of every layer, cast, and lay quantized leaves out for kernels.
 
     Pure and jittable; gradients and new values pass through. A tree that is already fused is only cast.
 
@@ -397,6 +424,8 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
       dtype: floating dtype of every plain leaf (and of what quantized leaves stand for), or `None` to keep each; see
         `leaf_dtype`.
       dequantize: turn quantized leaves into plain ones.
+      tiled: lay quantized leaves out in the order in which kernels read them; `None` does so where kernels run, which
+        is on one GPU. Pieces that are quantized in different ways are not fused.
 
     Returns:
       The fused tree, with the same config.
@@ -408,19 +437,36 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False) -> P
         return leaf if dtype is None else leaf.astype(leaf_dtype(path, dtype))
 
     leaves = {path: cast(path, leaf) for path, leaf in flatten(params).items()}
+    # Weights that change their inputs, each in its own way, have no product in common.
+    apart = {path.rpartition(".")[0] for path, leaf in leaves.items() if getattr(leaf, "has_own_inputs", False)}
     for paths, fused in list(_fusions(params.config, leaves)):
+        pieces = [leaves[path] for path in paths]
+        kinds = {piece.kind if isinstance(piece, QuantizedArray) else None for piece in pieces}
+        if len(kinds) > 1 or any(path.rpartition(".")[0] in apart for path in paths):
+            continue
         leaves[fused] = _join([leaves.pop(path) for path in paths], axis=_out_axis(fused))
+    if prefers_kernels(None) if tiled is None else tiled:
+        leaves = {path: _tiled(path, leaf, params.config) for path, leaf in leaves.items()}
     return unflatten(leaves, params.config)
 
 
+def _tiled(path: str, leaf: Any, config: ModelConfig) -> Any:
+    """A leaf for kernels: not those of which single rows are taken, nor what is spread over devices."""
+    is_table = path == "embed.weight" and not config.tie_embeddings
+    if not isinstance(leaf, QuantizedArray) or is_table or leaf.scheme.activations is not None:
+        return leaf
+    if not is_traced(leaf.values) and len(leaf.values.sharding.device_set) > 1:
+        return leaf
+    return _tile(leaf)
+
+
+_tile = jax.jit(QuantizedArray.tiled)
 _dequantize = jax.jit(QuantizedArray.dequantize, static_argnames="dtype")
 
 
 @functools.partial(jax.jit, static_argnames="axis")
 def _join(pieces: list[Any], axis: int):
-    """Join along `out`; quantized pieces of one scheme stay quantized, mixed ones are dequantized."""
-    if all(isinstance(piece, QuantizedArray) for piece in pieces):
-        if len({piece.layout for piece in pieces}) == 1:
-            return QuantizedArray.concatenate(pieces)
-    plain = [piece.dequantize() if isinstance(piece, QuantizedArray) else piece for piece in pieces]
-    return jnp.concatenate(plain, axis=axis)
+    """Join along `out` what is of one kind."""
+    if isinstance(pieces[0], QuantizedArray):
+        return QuantizedArray.concatenate(pieces)
+    return jnp.concatenate(pieces, axis=axis)

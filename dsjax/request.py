@@ -12,7 +12,8 @@ from dsjax.config import ModelConfig
 from dsjax.errors import RequestError
 from dsjax.inputs import as_batch, is_traced, numpy_of, per_request, request_keys, stop_table
 from dsjax.params import Params, validate
-from dsjax.ragged.schedule import pages_for
+from dsjax.ragged.groups import PageGroups, page_groups, pages_for
+from dsjax.ragged.pages import pages_dtype
 from dsjax.ragged.state import Queue, Sampling
 
 MOST_SLOTS = 64  # unless the caller says otherwise
@@ -27,8 +28,9 @@ class Capacity:
     Attributes:
       slots: sequences that run at once (S).
       pages: pages in the pool (P).
-      pages_per_slot: pages that one sequence may hold (M).
+      pages_per_slot: pages that one sequence may fill, of each group of layers (M).
       page_size: tokens a page (p).
+      groups: the layers that share pages.
       token_budget: tokens of a step that reads prompts (T); a step that only decodes has `slots`.
       max_new_tokens: room in the outputs.
       samples: sequences of each prompt (n).
@@ -42,6 +44,7 @@ class Capacity:
     pages: int
     pages_per_slot: int
     page_size: int
+    groups: PageGroups
     token_budget: int
     max_new_tokens: int
     samples: int
@@ -104,9 +107,10 @@ def request(
     # The last token generated is never read again, so it needs no place in the pages.
     most = min(longest + max_new_tokens, config.max_context) - 1
     pages_per_slot = pages_for(most, page_size)
-    num_pages: int = num_slots * pages_per_slot if pages is None else pages
+    groups = page_groups(config, most, page_size, budget)
+    num_pages: int = num_slots * groups.peak(pages_per_slot) if pages is None else pages
     known = not (is_traced(lengths) or is_traced(limits))
-    needed = pages_for(int(np.max(lengths + limits)) - 1 if known else most, page_size)
+    needed = groups.peak(pages_for(int(np.max(lengths + limits)) - 1 if known else most, page_size))
     if num_pages < needed:
         raise RequestError(
             f"pages={num_pages} can never hold the longest request: it needs {needed} pages of {page_size} tokens"
@@ -116,11 +120,12 @@ def request(
         pages=num_pages,
         pages_per_slot=pages_per_slot,
         page_size=page_size,
+        groups=groups,
         token_budget=budget,
         max_new_tokens=max_new_tokens,
         samples=n,
         steps_per_sync=steps if steps_per_sync is None else _check_size("steps_per_sync", steps_per_sync),
-        kv_dtype=jnp.dtype(kv_dtype or params["embed"]["weight"].dtype).name,
+        kv_dtype=pages_dtype(kv_dtype, params),
         with_distribution=return_sampling_logprobs,
         implementation=implementation or _several_devices(params),
     )

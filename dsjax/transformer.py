@@ -5,6 +5,7 @@ layers alike (an inner `jit`, inlined by the compiler), and layers are unrolled 
 stacked weights would copy every layer's weights out of the stack.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -80,9 +81,8 @@ def _block(module, x, update: Update, config: ModelConfig, layer: Layer, attend:
         return module.get(name, {}) if exists else None
 
     def feed_forward(normed):
-        return (
-            moe(normed, module["mlp"], config) if layer.experts else mlp(normed, module["mlp"], config, implementation)
-        )
+        network = moe if layer.experts else mlp
+        return network(normed, module["mlp"], config, implementation)
 
     with jax.named_scope("attention"):
         x, normed = _merge(x, update, norm_of("attention_norm", layer.attention_norm), config, implementation)
@@ -198,35 +198,43 @@ def _ragged_layers(params: Params, batch: RaggedBatch, pages: KVPages, max_q_len
             )
         lengths = batch.final_lens.at[batch.slot_of_token].get(mode="clip")
     angles = _angles(batch.positions, lengths, config)
-    slots, pages_per_slot = batch.page_table.shape
-    column = jnp.minimum(batch.positions // pages.page_size, pages_per_slot - 1)
+    # What a layer sees depends on its group: the batch with the table, and the page that each token is written to.
     # Padding has slot S: out of range, filled with page P, to which nothing is written.
-    page = batch.page_table.at[batch.slot_of_token, column].get(mode="fill", fill_value=pages.num_pages)
+    tables = jnp.split(batch.page_table, pages.groups.count, axis=1)
+    column = jnp.minimum(batch.positions // pages.page_size, tables[0].shape[1] - 1)
+    seen = [
+        (
+            dataclasses.replace(batch, page_table=table),
+            table.at[batch.slot_of_token, column].get(mode="fill", fill_value=pages.num_pages),
+        )
+        for table in tables
+    ]
     offset = batch.positions % pages.page_size
 
     with jax.named_scope("embed"):
         x = embed(batch.tokens, batch.positions, params, config)
     update: Update = None
-    written = []
-    for i, of_layer in enumerate(pages.layers()):
+    buffers = pages.buffers()
+    for i in range(config.num_layers):
         with jax.named_scope(f"layer_{i}"):
             layer = config.layer(i)
-            x, update, of_layer = _ragged_layer(
+            group, buffer = pages.groups.places[i] if pages.groups.places else (0, i)
+            of_group, page = seen[group]
+            x, update, buffers[buffer] = _ragged_layer(
                 params["layers"][str(i)],
                 x,
                 update,
                 angles[layer.rotary],
-                of_layer,
+                buffers[buffer],
                 page,
                 offset,
-                batch,
+                of_group,
                 config=config,
                 layer=layer,
                 max_q_len=max_q_len,
                 implementation=implementation,
             )
-            written.append(of_layer)
-    return x, update, KVPages.of_layers(written)
+    return x, update, pages.with_buffers(buffers)
 
 
 def _final(x, update: Update, params: Params):

@@ -18,6 +18,7 @@ from dsjax.engine.programs import Sizes
 from dsjax.errors import EngineError, RequestError
 from dsjax.memory import readable
 from dsjax.params import Params
+from dsjax.ragged.groups import PageGroups, pages_for
 from dsjax.watched import is_watched
 
 WORTHWHILE = 1.02  # so many times the pages are worth compiling again
@@ -36,9 +37,10 @@ class MemoryPlan:
       weights: the parameters.
       state: queue, tables and outputs.
       temporaries: the most that a program needs while it runs.
-      page: one page in all layers.
+      page: one page, in all layers of a group.
       pages: pages in the pool.
       page_size: tokens a page.
+      groups: the layers that share pages.
       max_context: most tokens of a sequence.
     """
 
@@ -50,6 +52,7 @@ class MemoryPlan:
     page: int
     pages: int
     page_size: int
+    groups: PageGroups
     max_context: int
 
     @property
@@ -59,8 +62,9 @@ class MemoryPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the pages hold."""
-        return self.pages * self.page_size
+        """Tokens that fit, in sequences of `max_context`; behind a window they take no pages."""
+        columns = pages_for(self.max_context - 1, self.page_size)
+        return self.pages * columns // self.groups.peak(columns) * self.page_size
 
     def summary(self) -> str:
         """The plan in a line."""
@@ -114,7 +118,9 @@ def plan(
     share = memory.USABLE if fraction is None else fraction
     budget = there - others if pages is not None else min(there - others, int(there * share))
     on_cpu = device.platform == "cpu"
-    most = sizes.slots * sizes.pages_per_slot if on_cpu and fraction is None else None  # others use this memory too
+    most = (
+        sizes.slots * sizes.groups.peak(sizes.pages_per_slot) if on_cpu and fraction is None else None
+    )  # others use this memory too
 
     def described(pages: int, temporaries: int) -> MemoryPlan:
         shapes = Programs(params, dataclasses.replace(sizes, pages=pages))
@@ -128,6 +134,7 @@ def plan(
             page=pool // pages,
             pages=pages,
             page_size=sizes.page_size,
+            groups=sizes.groups,
             max_context=sizes.max_context,
         )
 

@@ -17,7 +17,8 @@ from dsjax.errors import CheckpointError, ConfigError, ParameterError
 from dsjax.params import Params, flatten, is_fused, is_known, leaf_specs, validate
 from dsjax.quantization import QuantizedArray
 from policies.fields import Codec, model_config
-from policies.ops import Copy, Leaf, Op, Shape
+from policies.ops import Copy, Leaf, Op, Shape, Turned
+from policies.quantized import check_config
 
 # Fields that any Hugging Face config.json may hold and that do not change what the model computes at inference:
 # provenance, storage, training, and the generation settings that older releases kept there.
@@ -29,10 +30,10 @@ HARMLESS_FIELDS = frozenset(
     finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
     initializer_range is_decoder keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
-    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    output_scores pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -108,7 +109,7 @@ class TensorSource(Protocol):
         """Shape of every tensor by name, from headers alone."""
         ...
 
-    def read(self, name: str) -> np.ndarray | QuantizedArray:
+    def read(self, name: str) -> np.ndarray | QuantizedArray | Turned:
         """One tensor in memory of its own, as the file stores it."""
         ...
 
@@ -138,6 +139,10 @@ class WeightMap:
             if (tensor := self.optional.get(field.name)) and not {tensor, tensor.removeprefix(self.prefix)} & set(names)
         }
         return dataclasses.replace(config, **absent)
+
+    def without(self, tensors: Collection[str]) -> "WeightMap":
+        """The same map for checkpoints that have these tensors although a model may do without them."""
+        return dataclasses.replace(self, ignored=(*self.ignored, *map(re.escape, tensors))) if tensors else self
 
     def steps(self, config: ModelConfig, names: Iterable[str] | None = None) -> list[Step]:
         """The entries of this config, layer by layer; those of leaves that it lacks (a bias, a tied head) come too.
@@ -316,11 +321,7 @@ class Policy:
           ConfigError: names a field that is unknown, missing, or asks for mathematics that is not supported.
         """
         if raw.get("quantization_config") is not None:
-            method = raw["quantization_config"].get("quant_method", "?")
-            raise ConfigError(
-                f"quantization_config.quant_method={method}: pre-quantized Hugging Face checkpoints are not read yet; "
-                "load the unquantized checkpoint or a GGUF file"
-            )
+            check_config(raw["quantization_config"])
         fields = frozenset().union(*(codec.fields for codec in self.config))
         fixed = {**FIXED_FIELDS, **self.fixed}
         for name, value in raw.items():

@@ -21,11 +21,12 @@ from tqdm.std import tqdm
 from dsjax import checkpoint
 from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
-from dsjax.params import Params, flatten, leaf_dtype, leaf_specs, logical_axes, unflatten
-from dsjax.quantization import SCHEMES, QuantizedArray
+from dsjax.params import Params, flatten, leaf_dtype, leaf_sharding, leaf_specs, logical_axes, unflatten
+from dsjax.quantization import QuantizedArray, Recipe, Scheme
 from dsjax.sharding import named_sharding
 from dsjax.watched import is_watched
 from policies.base import Leaf, Step, read_leaves
+from policies.quantizing import quantized_in_pieces, schemes_of_leaves
 from policies.sources import hub
 from policies.sources.blocks import KINDS, quantize_matrix
 from policies.sources.files import aligned_empty
@@ -41,8 +42,6 @@ Checkpoint = GgufFile | HfFolder | InMemory | MegatronFolder | MetaFolder
 _DTYPES = ("float32", "bfloat16", "float16")
 _READERS = 4
 _SECONDS = 2.0  # of loading before a bar appears by itself
-# Small, and routers decide by small differences.
-_KEPT_PLAIN = ("router", "shared_gate", "positions", "token_types", "patches")
 
 
 def load(
@@ -51,7 +50,7 @@ def load(
     config: ModelConfig | Mapping[str, Any] | None = None,
     tower: str | None = None,
     dtype: Any = None,
-    quantize: str | None = None,
+    quantize: Recipe | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | None = None,
 ) -> Params:
@@ -67,8 +66,9 @@ def load(
         `dsjax.encode`) or `"vision"` (see `dsjax.encode_image`).
       dtype: of plain leaves, and what quantized ones read as: float32, bfloat16 or float16; `None` takes float32 on a
         CPU and bfloat16 elsewhere, and of a folder that `dsjax.save` wrote what was saved.
-      quantize: `None` keeps tensors as the checkpoint holds them; `"none"` dequantizes everything to `dtype`; `"q8_0"`,
-        `"q4_0"` or `"q4_1"` quantizes embeddings and the matrices of attention, feed-forward and experts.
+      quantize: `None` keeps tensors as the checkpoint holds them; `"none"` dequantizes everything to `dtype`. Else a
+        scheme, such as `"int4"` or `"fp8"`, or a recipe, as for `dsjax.quantize`: leaves are quantized one by one as
+        they come. `"q8_0"`, `"q4_0"` and `"q4_1"` leave matrices alone whose rows are no whole blocks of GGUF's.
       mesh: devices to spread the leaves over by their logical axes; `None` takes the default device.
       progress: whether to show a bar with bytes a second; `None` shows it on a terminal or in a notebook when loading
         takes more than two seconds.
@@ -80,12 +80,6 @@ def load(
       ConfigError: the architecture, a config field, `config`, `dtype` or `quantize` is not supported.
       CheckpointError: the checkpoint is missing, damaged, or does not fit its config.
     """
-    schemes = tuple(name for name in SCHEMES if name in KINDS)
-    if quantize not in (None, "none", *schemes):
-        raise ConfigError(
-            f"quantize={quantize!r} is not supported; None (keep what the checkpoint holds), 'none' (dequantize) and "
-            f"{', '.join(map(repr, schemes))} are"
-        )
     if dtype is not None:
         dtype = _checked_dtype(dtype)
     if (folder := _saved(model)) is not None:
@@ -94,6 +88,7 @@ def load(
 
     source = open_checkpoint(model, config, tower)
     architecture, specs = source.config, leaf_specs(source.config)
+    schemes = schemes_of_leaves(quantize, {path: spec.shape for path, spec in specs.items()})
     shapes = source.shapes()
     steps = source.weights.fit(architecture, shapes, source.origin)
     places = {tensor: i for i, tensor in enumerate(shapes)}
@@ -102,7 +97,8 @@ def load(
 
     def read(step: Step) -> list[tuple[str, Leaf]]:
         return [
-            (path, _convert(leaf, path, dtype, quantize)) for path, leaf in read_leaves([step], architecture, source)
+            (path, _convert(leaf, path, dtype, schemes.get(path)))
+            for path, leaf in read_leaves([step], architecture, source)
         ]
 
     leaves = {}
@@ -110,8 +106,14 @@ def load(
         for pairs, size in _read_ahead(steps, sizes, read):
             while pairs:
                 path, leaf = pairs.pop()
-                leaves[path] = _place(leaf, quantize == "none", specs[path].axes, mesh)
-                del leaf  # before the next one is waited for
+                placed = _place(leaf, quantize == "none", specs[path].axes, mesh)
+                if (to := schemes.get(path)) is not None and not _is_stored(placed, to):
+                    placed = quantized_in_pieces(placed, to, dtype, f"leaf '{path}'")
+                    placed = jax.block_until_ready(
+                        jax.device_put(placed, leaf_sharding(placed, specs[path].axes, mesh))
+                    )
+                leaves[path] = placed
+                del leaf, placed  # before the next one is waited for
             bar.update(size)
     return unflatten({path: leaves[path] for path in specs}, architecture)
 
@@ -131,7 +133,7 @@ def _saved(model: Any) -> Path | None:
     return checkpoint.saved_folder(model) if isinstance(model, str | os.PathLike) else None
 
 
-def _restore(folder: Path, dtype: np.dtype | None, quantize: str | None, mesh: jax.sharding.Mesh | None) -> Params:
+def _restore(folder: Path, dtype: np.dtype | None, quantize: Recipe | None, mesh: jax.sharding.Mesh | None) -> Params:
     """A saved tree, dequantized if asked."""
     if quantize not in (None, "none"):
         raise ConfigError(
@@ -242,14 +244,18 @@ def _bar(total: int, progress: bool | None) -> tqdm:
     )
 
 
-def _convert(leaf: Leaf, path: str, dtype: np.dtype, quantize: str | None) -> Leaf:
-    """A leaf in its final format, still on the host."""
+def _is_stored(leaf: Any, to: Scheme) -> bool:
+    return isinstance(leaf, QuantizedArray) and leaf.scheme == to
+
+
+def _convert(leaf: Leaf, path: str, dtype: np.dtype, to: Scheme | None) -> Leaf:
+    """A leaf on the host in its final format, or, if it is quantized on the device, as it is."""
     if isinstance(leaf, QuantizedArray):
-        if quantize in (None, "none", leaf.scheme.name):
+        if to is None or to == leaf.scheme or to.name not in KINDS:
             return leaf.astype(dtype)
-        return quantize_matrix(np.asarray(leaf.astype(np.float32).dequantize()), str(quantize)).astype(dtype)
-    if quantize in SCHEMES and _is_quantizable(leaf, path, quantize):
-        return quantize_matrix(leaf, quantize).astype(dtype)
+        return quantize_matrix(np.asarray(leaf.astype(np.float32).dequantize()), to.name).astype(dtype)
+    if to is not None:
+        return quantize_matrix(leaf, to.name).astype(dtype) if to.name in KINDS else leaf
     dtype = np.dtype(leaf_dtype(path, dtype))
     if leaf.dtype == dtype:
         return leaf
@@ -258,20 +264,9 @@ def _convert(leaf: Leaf, path: str, dtype: np.dtype, quantize: str | None) -> Le
     return cast
 
 
-def _is_quantizable(leaf: np.ndarray, path: str, scheme: str) -> bool:
-    """Whether a leaf is an embedding or a large matrix whose rows are whole groups."""
-    *_, module, name = path.split(".")
-    whole = leaf.ndim >= 2 and leaf.shape[-1] % SCHEMES[scheme].group_size == 0
-    return whole and name == "weight" and module not in _KEPT_PLAIN
-
-
 def _place(leaf: Leaf, plain: bool, axes: tuple[str, ...], mesh: jax.sharding.Mesh | None) -> Any:
     """A leaf on its devices; returns when the host's copy is no longer needed, or has become the leaf's memory."""
-
-    def put(part: np.ndarray) -> jax.Array:
-        return jax.device_put(part, None if mesh is None else named_sharding(mesh, axes, part.shape))
-
-    placed = jax.block_until_ready(jax.tree.map(put, leaf))
+    placed = jax.block_until_ready(jax.device_put(leaf, leaf_sharding(leaf, axes, mesh)))
     if not plain or not isinstance(leaf, QuantizedArray):
         return placed
     sharding = None if mesh is None else named_sharding(mesh, axes, leaf.shape)

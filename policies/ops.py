@@ -14,6 +14,13 @@ Shape = tuple[int, ...]
 Leaf = np.ndarray | QuantizedArray | Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """A quantized tensor `[..., out, in]` that unquantized checkpoints store as `[..., in, out]`."""
+
+    leaf: QuantizedArray
+
+
 @runtime_checkable
 class Op(Protocol):
     """A reversible operation between checkpoint tensors and leaves; quantized leaves pass through it whole."""
@@ -106,12 +113,23 @@ class Stack:
 
     def to_leaves(self, tensors: list[Leaf], config: ModelConfig, leaf_shapes: list[Shape]) -> list[Leaf]:
         """The stack."""
+        if len({_kind(tensor) for tensor in tensors}) > 1:
+            names = sorted({getattr(tensor, "scheme", tensor.dtype).name for tensor in tensors})
+            raise CheckpointError(
+                f"the experts of a layer are stored in several ways ({', '.join(names)}), and have to be in one; load "
+                "the unquantized checkpoint"
+            )
         return [jax.tree.map(lambda *parts: np.stack(parts), *tensors)]
 
     def to_tensors(self, leaves: list[Leaf], config: ModelConfig) -> list[Leaf]:
         """What is stacked."""
         (leaf,) = leaves
         return [leaf[i] for i in range(leaf.shape[0])]
+
+
+def _kind(tensor: Leaf) -> Any:
+    """What tensors must share to be stacked."""
+    return (tensor.kind, *dict(tensor.parts())) if isinstance(tensor, QuantizedArray) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +228,9 @@ class Transposed:
         return [_swapped(tensor) for tensor in self.op.to_tensors(leaves, config)]
 
 
-def _swapped(tensor: Leaf) -> Leaf:
+def _swapped(tensor: Leaf | Turned) -> Leaf:
+    if isinstance(tensor, Turned):
+        return tensor.leaf
     if isinstance(tensor, QuantizedArray):
         raise CheckpointError("a quantized tensor that is stored [in, out] can not be turned; load it unquantized")
     return tensor.swapaxes(-1, -2) if tensor.ndim > 1 else tensor

@@ -21,7 +21,6 @@ CAPACITIES = [
     {"slots": 15, "token_budget": 200, "page_size": 64, "pages": 15, "steps_per_sync": 1},
     {"slots": 2, "token_budget": 7, "page_size": 16, "pages": 8, "steps_per_sync": 1},
     {"slots": 4, "token_budget": 16, "page_size": 16, "pages": 7, "steps_per_sync": 3},
-    {"slots": 7, "token_budget": 64, "page_size": 8, "pages": 12, "steps_per_sync": 2},
 ]
 
 

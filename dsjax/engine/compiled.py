@@ -99,7 +99,7 @@ class Programs:
         def conclude():
             _, batch, logits, _ = jax.eval_shape(look, self._params, queue, state)
             batch, logits = jax.tree.map(lambda x: small(*x.shape, dtype=x.dtype), (batch, logits))
-            function = functools.partial(programs.conclude, config=config, sizes=sizes)
+            function = functools.partial(programs.conclude, sizes=sizes)
             return function, (queue, state, batch, logits, logits), (1,), (of(state), self._small, self._small)
 
         salts = small(sizes.rows, dtype=jnp.uint32)
@@ -108,7 +108,7 @@ class Programs:
             "empty_queue": lambda: (lambda: programs.empty_queue(config, sizes), (), (), of(queue)),
             "empty_state": lambda: (lambda: programs.empty_state(config, sizes), (), (), of(state)),
             "submit": lambda: (
-                functools.partial(programs.submit, config=config, sizes=sizes),
+                functools.partial(programs.submit, sizes=sizes),
                 submit,
                 (0, 1),
                 (of(queue), of(state)),

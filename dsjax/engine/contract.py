@@ -15,7 +15,7 @@ from dsjax.engine.core import Core
 from dsjax.engine.held import HeldSequence
 from dsjax.engine.streams import interrupts_deferred
 from dsjax.errors import EngineError, RequestError
-from dsjax.ragged.schedule import pages_for
+from dsjax.ragged.groups import pages_for
 from dsjax.ragged.state import FREE
 
 
@@ -94,7 +94,7 @@ class Contract:
             if result != SchedulingResult.Success:
                 raise SchedulingError(result)
             free = iter(np.flatnonzero(np.asarray(core.require_state().slots.sequence) == FREE).tolist())
-            chosen = [self._held.by_uid.get(uid) or HeldSequence(next(free), 0, 0) for uid in uids]
+            chosen = [self._held.by_uid.get(uid) or HeldSequence(next(free), 0) for uid in uids]
             decodes = all(len(tokens) == 1 for tokens in lists)
             total = sizes.slots if decodes else sizes.token_budget
             batch = {
@@ -115,9 +115,8 @@ class Contract:
                 batch["tokens"][place] = tokens
                 batch["positions"][place] = np.arange(sequence.seen, seen)
                 batch["slot_of_token"][place] = slot
-                pages = pages_for(seen, sizes.page_size)
-                batch["new_pages"][slot] = pages - sequence.pages
-                grown[uid] = HeldSequence(slot, seen, pages)
+                batch["new_pages"][slot] = self._columns(seen) - self._columns(sequence.seen)
+                grown[uid] = HeldSequence(slot, seen)
             logits = self._run("put_one" if decodes else "put", core.params, core.state, core.programs.put(batch))
             self._held.by_uid.update(grown)
             interrupted()
@@ -150,10 +149,10 @@ class Contract:
             if sum(lengths) > sizes.token_budget:
                 return SchedulingResult.BatchTokenLimitExceeded
             needed = 0
-            for (seen, held), length in zip(known, lengths, strict=True):
+            for seen, length in zip(known, lengths, strict=True):
                 if seen + length > self._longest:
                     return SchedulingResult.SequenceTokenLimitExceeded
-                needed += pages_for(seen + length, sizes.page_size) - held
+                needed += (self._columns(seen + length) - self._columns(seen)) * sizes.groups.count
             return SchedulingResult.KVCacheLimitExceeded if needed > free_pages else SchedulingResult.Success
 
     def query(self, uid: int, max_request_tokens: int, max_request_blocks: int) -> tuple[int, int]:
@@ -176,15 +175,17 @@ class Contract:
             raise RequestError(f"query needs numbers of at least 0, got {wanted} tokens and {offered} blocks")
         with self._core.lock:
             free_slots, _ = self._room()
-            seen, held = self._known(uid)
+            seen = self._known(uid)
             if uid not in self._held.by_uid and not free_slots:
                 return 0, 0
-            page_size = self._core.sizes.page_size
+            page_size, groups = self._core.sizes.page_size, self._core.sizes.groups.count
             wanted = min(wanted, self._longest - seen)
-            needed = pages_for(seen + wanted, page_size) - held
+            held = self._columns(seen)
+            needed = (self._columns(seen + wanted) - held) * groups
             if needed <= offered:
                 return wanted, needed
-            return (offered + held) * page_size - seen, offered
+            columns = offered // groups
+            return (columns + held) * page_size - seen, columns * groups
 
     def get_remaining_block_capacity(self, uid: int) -> int:
         """Tokens that fit into the last page of a sequence; 0 for one that is unknown.
@@ -193,8 +194,8 @@ class Contract:
           EngineError: its pages are lost.
         """
         with self._core.lock:
-            seen, held = self._known(uid)
-            return held * self._core.sizes.page_size - seen
+            seen = self._known(uid)
+            return self._columns(seen) * self._core.sizes.page_size - seen
 
     def flush(self, uid: int) -> None:
         """Forget a sequence and give its pages back; one that is unknown gives a warning."""
@@ -236,8 +237,12 @@ class Contract:
         sizes = self._core.sizes
         return min(sizes.max_context, sizes.pages_per_slot * sizes.page_size)
 
-    def _known(self, uid: int) -> tuple[int, int]:
-        """Tokens that a sequence has seen, and its pages.
+    def _columns(self, tokens: int) -> int:
+        """Pages that so many tokens fill, of each group of layers."""
+        return pages_for(tokens, self._core.sizes.page_size)
+
+    def _known(self, uid: int) -> int:
+        """Tokens that a sequence has seen.
 
         Raises:
           EngineError: they are lost.
@@ -245,7 +250,7 @@ class Contract:
         if uid in self._held.lost:
             raise EngineError(f"a fault has cost the pages of sequence {uid}: flush it, and put its whole text again")
         sequence = self._held.by_uid.get(uid)
-        return (0, 0) if sequence is None else (sequence.seen, sequence.pages)
+        return 0 if sequence is None else sequence.seen
 
     def _room(self) -> tuple[int, int]:
         """Slots and pages that are free, but for what requests need so that the longest of them still goes on."""

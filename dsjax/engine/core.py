@@ -24,7 +24,7 @@ from dsjax.engine.requests import Event, Request, Rows, Sequence
 from dsjax.engine.stats import Stats
 from dsjax.errors import EngineError, RequestError
 from dsjax.params import Params
-from dsjax.ragged.schedule import pages_for
+from dsjax.ragged.groups import pages_for
 from dsjax.ragged.state import Finish, Outputs, Queue, State
 
 logger = logging.getLogger("dsjax.engine")
@@ -119,7 +119,7 @@ class Core:
         self._take_inbox()
         requests = [*self._live, *(entry[2] for entry in self._heap)]
         longest = max((len(request.tokens) + request.limit for request in requests if not request.finished), default=1)
-        return pages_for(longest - 1, self.sizes.page_size)
+        return self.sizes.groups.peak(pages_for(longest - 1, self.sizes.page_size))
 
     def has_work(self) -> bool:
         """Whether anything is left to do."""

@@ -53,7 +53,7 @@ class Engine:
       mesh: devices to spread parameters and pages over; default where the parameters are.
       steps_per_sync: decode steps of one call of the device, default 1 on a CPU and 8 elsewhere.
       seed: of requests that have none of their own.
-      kv_dtype: of the pages, default the embedding's.
+      kv_dtype: of the pages, default the embedding's; int8 and `"fp8"` halve them, with scales by token and head.
       max_waiting: requests that may wait; more are refused.
       prefix_caching: find pages of a text again that was read before.
       split_fuse: cut prompts into pieces that are read beside what decodes (Dynamic SplitFuse). Without, whole prompts

@@ -3,16 +3,15 @@
 import dataclasses
 
 from dsjax.engine.programs import Sizes
-from dsjax.ragged.schedule import pages_for
+from dsjax.ragged.groups import pages_for
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldSequence:
-    """Its slot, how many tokens its pages hold, and how many pages it has."""
+    """Its slot, and how many tokens it has seen."""
 
     slot: int
     seen: int
-    pages: int
 
 
 class Held:
@@ -34,7 +33,9 @@ class Held:
     @property
     def pages(self) -> int:
         """Pages that they have."""
-        return sum(sequence.pages for sequence in list(self.by_uid.values()))
+        return sum(
+            self._sizes.groups.held(sequence.seen, self._sizes.page_size) for sequence in list(self.by_uid.values())
+        )
 
     def lose(self) -> None:
         """Note that there are new, empty pages."""
@@ -50,7 +51,8 @@ class Held:
         """
         if len(self) >= self._sizes.slots:
             return "all slots are held by sequences of put: flush one, or make the engine with more slots"
-        needed, held = pages_for(length + limit - 1, self._sizes.page_size), self.pages
+        needed = self._sizes.groups.peak(pages_for(length + limit - 1, self._sizes.page_size))
+        held = self.pages
         if needed <= self._sizes.pages - held:
             return ""
         return (

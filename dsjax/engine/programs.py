@@ -19,10 +19,11 @@ from dsjax.config import ModelConfig
 from dsjax.generation import propose, settle, step
 from dsjax.params import Params
 from dsjax.ragged.batch import RaggedBatch
+from dsjax.ragged.groups import PageGroups, pages_for
 from dsjax.ragged.page_table import PageTable
 from dsjax.ragged.pages import KVPages
 from dsjax.ragged.prefix import Prefixes
-from dsjax.ragged.schedule import admit, pages_for, pending_tokens
+from dsjax.ragged.schedule import admit, give_back_unseen, pending_tokens
 from dsjax.ragged.state import FREE, HELD, Counters, Emitted, Finish, Outputs, Queue, Sampling, Slots, State
 from dsjax.transformer import forward
 
@@ -38,6 +39,7 @@ class Sizes:
       rows: sequences that the device knows of, running or waiting (R).
       pages: pages in the pool (P).
       page_size: tokens a page (p).
+      groups: the layers that share pages.
       token_budget: tokens of a step that reads prompts (T); a step that only decodes has `slots`.
       max_context: most tokens of a sequence, prompt included (C).
       steps_per_sync: decode steps of one call.
@@ -57,6 +59,7 @@ class Sizes:
     rows: int
     pages: int
     page_size: int
+    groups: PageGroups
     token_budget: int
     max_context: int
     steps_per_sync: int
@@ -73,7 +76,7 @@ class Sizes:
 
     @property
     def pages_per_slot(self) -> int:
-        """Pages that the longest sequence holds (M); its last token is never read again."""
+        """Pages that the longest sequence fills, of each group of layers (M); its last token is never read again."""
         return pages_for(self.max_context - 1, self.page_size)
 
 
@@ -134,9 +137,10 @@ def empty_queue(config: ModelConfig, sizes: Sizes) -> Queue:
 def empty_state(config: ModelConfig, sizes: Sizes) -> State:
     """Empty pages, free slots."""
     prefixes = Prefixes.empty(sizes.rows, sizes.pages_per_slot, sizes.pages) if sizes.prefix_caching else None
+    groups = sizes.groups
     return State(
-        pages=KVPages.zeros(config, sizes.pages, sizes.page_size, sizes.kv_dtype),
-        table=PageTable.empty(sizes.slots, sizes.pages_per_slot, sizes.pages, sizes.prefix_caching),
+        pages=KVPages.zeros(config, sizes.pages, sizes.page_size, sizes.kv_dtype, groups),
+        table=PageTable.empty(sizes.slots, sizes.pages_per_slot, sizes.pages, sizes.prefix_caching, groups.count),
         slots=Slots(jnp.full(sizes.slots, FREE, jnp.int32), jnp.zeros(sizes.slots, jnp.int32)),
         outputs=Outputs(
             tokens=jnp.zeros((sizes.rows, sizes.max_context), jnp.int32),
@@ -158,7 +162,6 @@ def submit(
     complete: jax.Array,
     key: jax.Array,
     *,
-    config,
     sizes,
 ):
     """Take in what the host has to say, then admit.
@@ -170,7 +173,6 @@ def submit(
       tokens: `int32[3, U]`, pieces of prompts: token, row (R for none), position.
       complete: `int32[A]`, rows whose prompts are now whole, R for none.
       key: the engine's; requests without a seed get keys made of it.
-      config: the model's.
       sizes: the engine's.
     """
     columns = {name: packet[:, i] for i, name in enumerate(_INTEGERS)}
@@ -224,7 +226,7 @@ def submit(
         outputs=outputs,
         prefixes=prefixes,
     )
-    return queue, admit(queue, state, config.shared_window)
+    return queue, admit(queue, state)
 
 
 def constrain(queue: Queue, row: jax.Array, bias_ids: jax.Array, bias_values: jax.Array, allowed: jax.Array) -> Queue:
@@ -279,7 +281,7 @@ def call(params: Params, queue: Queue, state: State, *, sizes: Sizes, decodes: b
     else:
         state, emitted = step(params, seen, state, sizes.token_budget, **options)
         emitted = jax.tree.map(lambda x: x[None], emitted)
-    state = admit(queue, state, params.config.shared_window)
+    state = admit(queue, state)
     return state, _pack(queue, state, emitted), (emitted.ranked, emitted.prompt_place, emitted.prompt_ranked)
 
 
@@ -342,13 +344,12 @@ def conclude(
     logits: jax.Array,
     changed: jax.Array,
     *,
-    config: ModelConfig,
     sizes: Sizes,
 ):
     """The second half: sample from logits that the host has changed, then admission."""
-    state, emitted = settle(config, queue, state, batch, logits, sizes.alternatives, changed)
+    state, emitted = settle(queue, state, batch, logits, sizes.alternatives, changed)
     emitted = jax.tree.map(lambda x: x[None], emitted)
-    state = admit(queue, state, config.shared_window)
+    state = admit(queue, state)
     return state, _pack(queue, state, emitted), emitted.ranked
 
 
@@ -358,7 +359,8 @@ def compute(params: Params, state: State, batch: dict[str, jax.Array], *, sizes:
     Args:
       params: parameter tree.
       state: donated.
-      batch: `tokens`, `positions`, `slot_of_token` `[T]`, `cu_q_lens [S + 1]`, `new_pages [S]`.
+      batch: `tokens`, `positions`, `slot_of_token` `[T]`, `cu_q_lens [S + 1]`, `new_pages [S]` of each
+        group.
       sizes: the engine's.
       decodes: no slot has more than one token.
 
@@ -367,7 +369,8 @@ def compute(params: Params, state: State, batch: dict[str, jax.Array], *, sizes:
     """
     q_lens = batch["cu_q_lens"][1:] - batch["cu_q_lens"][:-1]
     takes = q_lens > 0
-    table = state.table.extend(batch["new_pages"])
+    most = sizes.slots + len(batch["tokens"]) // sizes.page_size
+    table = state.table.extend(batch["new_pages"], most)
     context = state.slots.context + q_lens
     logits, pages = forward(
         params,
@@ -386,6 +389,7 @@ def compute(params: Params, state: State, batch: dict[str, jax.Array], *, sizes:
         implementation=sizes.implementation,
     )
     slots = Slots(jnp.where(takes, HELD, state.slots.sequence), context)
+    table = give_back_unseen(table, context, takes, sizes.groups, sizes.page_size)
     return replace(state, pages=pages, table=table, slots=slots), logits
 
 

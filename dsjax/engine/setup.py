@@ -8,8 +8,9 @@ import numpy as np
 
 from dsjax.engine.programs import Sizes
 from dsjax.errors import ParameterError, RequestError
-from dsjax.params import Params, flatten, logical_axes, unflatten, validate
-from dsjax.sharding import named_sharding
+from dsjax.params import Params, flatten, leaf_sharding, logical_axes, unflatten, validate
+from dsjax.ragged.groups import page_groups
+from dsjax.ragged.pages import pages_dtype
 
 if TYPE_CHECKING:
     from dsjax.tokenizer import Tokenizer
@@ -23,11 +24,9 @@ def placed(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
             return params
         return jax.tree.map(jnp.asarray, params)
     axes = logical_axes(params)
-    leaves = {}
-    for path, leaf in flatten(params).items():
-        leaves[path] = jax.tree.map(
-            lambda x, path=path: jax.device_put(x, named_sharding(mesh, axes[path], x.shape)), leaf
-        )
+    leaves = {
+        path: jax.device_put(leaf, leaf_sharding(leaf, axes[path], mesh)) for path, leaf in flatten(params).items()
+    }
     return unflatten(leaves, params.config)
 
 
@@ -80,6 +79,7 @@ def choose_sizes(
     several = any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(params))
     return Sizes(
         **given,
+        groups=page_groups(config, context - 1, page_size, given["token_budget"]),
         rows=2 * given["slots"],
         pages=0,
         packet_tokens=max(4 * given["token_budget"], 1024),
@@ -87,7 +87,7 @@ def choose_sizes(
         stop_ids=-(-(ends + 16) // 8) * 8,
         biased_tokens=min(512, config.vocab_size),
         alternatives=max_logprobs,
-        kv_dtype=jnp.dtype(kv_dtype or params["embed"]["weight"].dtype).name,
+        kv_dtype=pages_dtype(kv_dtype, params),
         prefix_caching=prefix_caching,
         split_fuse=split_fuse,
         always_full=on_cpu,

@@ -12,6 +12,7 @@ from dsjax.layers.linear import linear
 from dsjax.layers.norm import norm
 from dsjax.layers.rope import Phases, rotate
 from dsjax.ragged.batch import RaggedBatch
+from dsjax.ragged.pages import LayerPages
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention
 from pallas_kernels.rotary_page_write import rotary_page_write
@@ -91,15 +92,14 @@ def attend_ragged(
     config: ModelConfig,
     layer: Layer,
     angle: Phases | None,
-    pages: tuple[jax.Array, jax.Array],
+    pages: LayerPages,
     ragged: Ragged,
-) -> tuple[Float[Array, "T N H"], tuple[jax.Array, jax.Array]]:
+) -> tuple[Float[Array, "T N H"], LayerPages]:
     """Attention over a layer's pages of keys and values, after this batch's have been written to them.
 
     Returns:
       The heads' outputs, and the pages.
     """
-    keys, values = pages
     qkv = project_qkv(x, module, config, ragged.kernels)
     cos, sin = (None, None) if angle is None else angle
     norms = {}
@@ -108,10 +108,11 @@ def attend_ragged(
     elif config.qk_norm:
         q, k, v = _split(qkv.sum(axis=0).astype(x.dtype) if qkv.ndim == 4 else qkv, config)
         qkv = jnp.concatenate([_normed(q, module["q_norm"], config), _normed(k, module["k_norm"], config), v], axis=-2)
-    q, keys, values, _, _ = rotary_page_write(
+    assert pages.values is not None
+    written = rotary_page_write(
         qkv,
-        keys,
-        values,
+        pages.keys,
+        pages.values,
         ragged.page,
         ragged.offset,
         cos=cos,
@@ -121,17 +122,24 @@ def attend_ragged(
         **norms,
         norm_eps=config.norm_eps,
         norm_offset=config.norm_offset,
+        key_scales=pages.key_scales,
+        value_scales=pages.value_scales,
         implementation=ragged.kernels,
     )
-    out = attend_pages(q.astype(keys.dtype), keys, values, _options(module, config, layer), ragged)
-    return out.astype(x.dtype), (keys, values)
+    pages = LayerPages(written.key_pages, written.value_pages, written.key_scales, written.value_scales)
+    return attend_pages(written.q, pages, _options(module, config, layer), ragged).astype(x.dtype), pages
 
 
-def attend_pages(q, keys, values, options: dict[str, Any], ragged: Ragged) -> Float[Array, "T N H"]:
+def attend_pages(
+    q: Float[Array, "T N H"], pages: LayerPages, options: dict[str, Any], ragged: Ragged
+) -> Float[Array, "T N H"]:
     """Paged attention of this batch, with a prefix that sequences share read once where that pays."""
     batch = ragged.batch
-    arrays = q, keys, values, batch.page_table, batch.cu_q_lens, batch.kv_lens
+    if pages.key_scales is None:
+        q = q.astype(pages.keys.dtype)
+    arrays = q, pages.keys, pages.values, batch.page_table, batch.cu_q_lens, batch.kv_lens
     options = options | {"max_q_len": ragged.max_q_len, "implementation": ragged.attention}
+    options |= {"key_scales": pages.key_scales, "value_scales": pages.value_scales}
     if batch.shared is not None and options["window"] is None:
         return cascade_attention(*arrays, batch.shared, **options)
     return ragged_paged_attention(*arrays, **options)

@@ -16,7 +16,9 @@ from dsjax.layers.attention import Ragged, attend_pages
 from dsjax.layers.linear import dense_weight, linear
 from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import Phases, rotate
+from dsjax.ragged.pages import LayerPages
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.rotary_page_write import quantize
 
 
 def _project(x, module, config: ModelConfig, latent: Latent, angle: Phases):
@@ -69,21 +71,24 @@ def latent_ragged(
     config: ModelConfig,
     layer: Layer,
     angle: Phases,
-    pages: tuple[jax.Array],
+    pages: LayerPages,
     ragged: Ragged,
-) -> tuple[Float[Array, "T N V"], tuple[jax.Array]]:
+) -> tuple[Float[Array, "T N V"], LayerPages]:
     """Attention over a layer's pages of latent vectors `[P, 1, p, kv_rank + rope_size]`; gives them back too."""
     latent = config.latent
     assert latent is not None
     plain, turned, compressed, key = _project(x, module, config, latent, angle)
-    (cache,) = pages
-    entry = jnp.concatenate([compressed, key], axis=-1).astype(cache.dtype)
-    cache = cache.at[ragged.page, 0, ragged.offset].set(entry, mode="drop")
+    entry, scales = jnp.concatenate([compressed, key], axis=-1), pages.key_scales
+    place = ragged.page, 0, ragged.offset
+    if scales is not None:
+        entry, of_entry = quantize(entry.astype(jnp.float32), pages.keys.dtype)
+        scales = scales.at[place].set(of_entry, mode="drop")
+    cache = pages.keys.at[place].set(entry.astype(pages.keys.dtype), mode="drop")
     k_up, v_up = (_up(module, name, config, x.dtype) for name in ("k_up", "v_up"))
-    q = jnp.concatenate([jnp.einsum("tnh,nhr->tnr", plain, k_up), turned], axis=-1).astype(cache.dtype)
+    q = jnp.concatenate([jnp.einsum("tnh,nhr->tnr", plain, k_up), turned], axis=-1)
     options = {"scale": layer.scale, "window": layer.window}
-    out = attend_pages(q, cache, cache, options, ragged)[..., : latent.kv_rank]
-    return jnp.einsum("tnr,nvr->tnv", out.astype(x.dtype), v_up), (cache,)
+    out = attend_pages(q, LayerPages(cache, cache, scales, scales), options, ragged)[..., : latent.kv_rank]
+    return jnp.einsum("tnr,nvr->tnv", out.astype(x.dtype), v_up), LayerPages(cache, None, scales, None)
 
 
 def _padded(heads: jax.Array, size: int) -> jax.Array:

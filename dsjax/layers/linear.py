@@ -11,8 +11,11 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.layers.norm import norm
 from dsjax.quantization import QuantizedArray
+from dsjax.quantization.activations import quantized_product
 from pallas_kernels.dispatch import current_gpu, prefers_kernels
 from pallas_kernels.few_row_matmul import ACTIVATIONS, MAX_ROWS, few_row_matmul
+from pallas_kernels.quantized_matmul import MAX_ROWS as MAX_QUANTIZED_ROWS
+from pallas_kernels.quantized_matmul import quantized_matmul
 
 Weight = jax.Array | QuantizedArray
 # XLA:CPU streams the large operand best from the left, where the other has few rows: at 8 rows in 0.65 of the time, at
@@ -37,8 +40,10 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
       `x @ weight.T`.
     """
     dtype = dtype or x.dtype
-    dense = dense_weight(weight, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, QuantizedArray):
+        return _quantized(rows, weight, dtype).reshape(*x.shape[:-1], -1)
+    dense = weight.astype(x.dtype)
 
     def rows_first(rows, dense):
         return lax.dot_general(rows, dense, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
@@ -50,6 +55,26 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
     is_few = 1 < rows.shape[0] <= FEW_ROWS and current_gpu() is None
     out = (weight_first if is_few else rows_first)(rows, dense)
     return out.reshape(*x.shape[:-1], dense.shape[0])
+
+
+def _quantized(rows: Float[Array, "M inner"], weight: QuantizedArray, dtype: Any, implementation="xla", **options):
+    """Product with a quantized weight, in `dtype` but for partial sums; see `quantized_matmul` for the options."""
+    if weight.scheme.activations is not None:
+        return quantized_product(rows, weight, dtype)
+    rows = weight.inputs(rows)
+    wants_sums = dtype == jnp.float32 and rows.dtype != jnp.float32
+    out = quantized_matmul(
+        rows,
+        weight.values,
+        weight.scales,
+        weight.zeros,
+        weight.minimums,
+        weight.tensor_scale,
+        format=weight.format,
+        implementation=implementation,
+        **{"partial": wants_sums} | options,
+    )
+    return out.sum(axis=0) if wants_sums else out
 
 
 def linear(
@@ -75,12 +100,23 @@ def linear(
     """
     weight, bias = module["weight"], module.get("bias")
     rows = math.prod(x.shape[:-1])
-    if not isinstance(weight, QuantizedArray) and rows <= MAX_ROWS and prefers_kernels(implementation):
-        partial &= bias is None
-        flat, weight = x.reshape(rows, -1), weight.astype(x.dtype)
-        out = few_row_matmul(
-            flat, weight, bias=bias, activation=activation, partial=partial, implementation=implementation
-        )
+    is_quantized = isinstance(weight, QuantizedArray)
+    if is_quantized:
+        has_kernel = weight.layout == "tiles" and weight.scheme.activations is None and rows <= MAX_QUANTIZED_ROWS
+    else:
+        has_kernel = rows <= MAX_ROWS
+    if has_kernel and prefers_kernels(implementation):
+        flat = x.reshape(rows, -1)
+        options: dict[str, Any] = {
+            "bias": bias,
+            "activation": activation,
+            "partial": partial and bias is None,
+            "implementation": implementation,
+        }
+        if is_quantized:
+            out = _quantized(flat, weight, x.dtype, **options)
+        else:
+            out = few_row_matmul(flat, weight.astype(x.dtype), **options)
         return out.reshape(*out.shape[:-2], *x.shape[:-1], -1)
     out = matmul(x, weight)
     if bias is not None:

@@ -11,9 +11,22 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import Experts, ModelConfig
 from dsjax.layers.linear import matmul
 from dsjax.layers.mlp import mlp
+from dsjax.quantization import QuantizedArray
+from pallas_kernels.dispatch import prefers_kernels
+from pallas_kernels.few_row_matmul import MAX_ROWS, few_row_matmul
+from pallas_kernels.grouped_matmul import (
+    MAX_PAIRS,
+    QuantizedExperts,
+    Routing,
+    activate,
+    choose_experts,
+    grouped_matmul,
+    plan_experts,
+)
 
-# A decode step is bound by reading weights, and more than a few tokens need every expert's. So a GPU computes all
-# experts for all tokens: plain products, no loop. Beyond this many, arithmetic and memory count, and blocks pay.
+# A decode step is bound by reading weights, and more than a few tokens need every expert's. So a GPU without kernels
+# computes all experts for all tokens: plain products, no loop. Beyond this many, arithmetic and memory count, and
+# blocks pay; with kernels, beyond this many the experts' outputs are kept in the dtype of the model.
 FEW_TOKENS = 512
 # Of many experts a token or two need few: these are copied out of the stack. A copy is read, written and read again.
 COST_OF_A_COPY = 3
@@ -21,7 +34,9 @@ COST_OF_A_COPY = 3
 LARGEST_BLOCK = 256
 
 
-def moe(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig) -> Float[Array, "*batch D"]:
+def moe(
+    x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig, implementation: str | None = "xla"
+) -> Float[Array, "*parts_and_batch D"]:
     """Outputs of each token's experts, weighted by the router and added up in float32.
 
     Experts have no capacity, so what a token gets does not depend on the others.
@@ -31,14 +46,24 @@ def moe(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig
       module: `router`, `experts`: the leaves of `mlp`, each with an axis `E` in front; and where the model has a
         network that all tokens pass, `shared` and what mixes it in.
       config: the architecture.
+      implementation: `"xla"` for plain operations, which are differentiable; else what `grouped_matmul` takes, whose
+        kernel reads only the weights of experts that some token chose, and copies none.
 
     Returns:
-      The sum, in the dtype of `x`.
+      The sum, in the dtype of `x`; or, from kernels, the outputs of each token's experts, `[per_token, *batch, D]`,
+      which the norm that follows adds up as it reads them.
     """
     experts = config.experts
     assert experts is not None
     tokens = x.reshape(-1, x.shape[-1])
-    weights, chosen = route(tokens, module["router"], experts)
+    weights, chosen = route(tokens, module["router"], experts, implementation)
+    has_kernels = all(_for_kernels(leaf, x.dtype) is not None for leaf in module["experts"].values())
+    if has_kernels and prefers_kernels(implementation):
+        parts = _planned(tokens, weights, chosen, module["experts"], config, implementation)
+        if not experts.shared_size:
+            return parts.reshape(-1, *x.shape)
+        out = parts.sum(axis=0, dtype=jnp.float32)
+        return _with_shared(out, tokens, module, config, implementation).astype(x.dtype).reshape(x.shape)
     arguments = tokens, weights, chosen, module["experts"]
     grouped = functools.partial(_grouped, config=config)
     if tokens.shape[0] <= FEW_TOKENS:
@@ -47,13 +72,19 @@ def moe(x: Float[Array, "*batch D"], module: dict[str, Any], config: ModelConfig
     else:
         out = grouped(*arguments)
     if experts.shared_size:
-        out = _with_shared(out, tokens, module, config, experts.shared_mix)
+        out = _with_shared(out, tokens, module, config, "xla")
     return out.astype(x.dtype).reshape(x.shape)
 
 
-def _with_shared(out: Float[Array, "T D"], tokens, module, config: ModelConfig, mix: str) -> Float[Array, "T D"]:
+def _with_shared(
+    out: Float[Array, "T D"], tokens, module, config: ModelConfig, implementation: str | None
+) -> Float[Array, "T D"]:
     """The experts' sum and the shared network's output, mixed; float32."""
-    shared = mlp(tokens, module["shared"], config).astype(jnp.float32)
+    assert config.experts is not None
+    mix = config.experts.shared_mix
+    shared = mlp(tokens, module["shared"], config, implementation).astype(jnp.float32)
+    if shared.ndim > out.ndim:
+        shared = shared.sum(axis=0)
     if mix == "sum":
         return out + shared
     logits = matmul(tokens, module["shared_gate"]["weight"], jnp.float32)
@@ -66,7 +97,7 @@ def _with_shared(out: Float[Array, "T D"], tokens, module, config: ModelConfig, 
 
 
 def route(
-    x: Float[Array, "T D"], module: dict[str, Any], experts: Experts
+    x: Float[Array, "T D"], module: dict[str, Any], experts: Experts, implementation: str | None = "xla"
 ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
     """Weights in float32 and numbers of each token's experts; of equally likely ones, the lower number comes first.
 
@@ -74,31 +105,35 @@ def route(
       x: activations.
       module: the router's `weight [E, D]`, plain or quantized, and, where it has them, `bias [E]`, `correction [E]`.
       experts: how to choose.
+      implementation: as in `moe`.
     """
-    logits = matmul(x, module["weight"], jnp.float32)
-    if experts.router_bias:
-        logits += module["bias"].astype(jnp.float32)
+    has_kernels = prefers_kernels(implementation)
+    if has_kernels and x.shape[0] <= MAX_ROWS and not isinstance(module["weight"], QuantizedArray):
+        weight = module["weight"].astype(x.dtype)
+        logits = few_row_matmul(x, weight, partial=True, implementation=implementation)
+    else:
+        logits = matmul(x, module["weight"], jnp.float32)
     if experts.score == "sparsemixer":
+        logits = logits.reshape(-1, *logits.shape[-2:]).sum(axis=0)
+        if experts.router_bias:
+            logits += module["bias"].astype(jnp.float32)
         return _sparsemixer(logits, experts.jitter)
-    scores = jax.nn.sigmoid(logits) if experts.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    preference = scores + module["correction"].astype(jnp.float32) if experts.correction else scores
-    if experts.groups > 1:
-        preference = _within_groups(preference, experts)
-    weights, chosen = lax.top_k(preference, experts.per_token)
-    if preference is not scores:
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
-    if experts.renormalize:
-        weights /= weights.sum(axis=-1, keepdims=True)
-    return (weights if experts.scale == 1.0 else weights * experts.scale), chosen
-
-
-def _within_groups(preference: Float[Array, "T E"], experts: Experts) -> Float[Array, "T E"]:
-    """Minus infinity for experts outside of each token's best groups."""
-    grouped = preference.reshape(preference.shape[0], experts.groups, -1)
-    best = lax.top_k(grouped, 1 if experts.group_score == "max" else 2)[0].sum(axis=-1)
-    groups = lax.top_k(best, experts.groups_per_token)[1]
-    allowed = jax.nn.one_hot(groups, experts.groups, dtype=bool).any(axis=1)
-    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(preference.shape)
+    routing = Routing(
+        experts.per_token,
+        experts.score,
+        experts.groups,
+        experts.groups_per_token,
+        experts.group_score,
+        experts.renormalize,
+        experts.scale,
+    )
+    return choose_experts(
+        logits,
+        routing,
+        bias=module["bias"] if experts.router_bias else None,
+        correction=module["correction"] if experts.correction else None,
+        implementation=implementation if has_kernels else "xla",
+    )
 
 
 def _sparsemixer(logits: Float[Array, "T E"], jitter: float) -> tuple[Float[Array, "T 2"], Int[Array, "T 2"]]:
@@ -113,6 +148,37 @@ def _sparsemixer(logits: Float[Array, "T E"], jitter: float) -> tuple[Float[Arra
         chosen.append(index)
         left = jnp.where(jnp.arange(logits.shape[-1]) == index, -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)
+
+
+def _for_kernels(leaf: dict[str, Any], dtype: Any) -> jax.Array | QuantizedExperts | None:
+    """The weight of a leaf as `grouped_matmul` takes it; `None` of those that it has no kernel for."""
+    weight = leaf["weight"]
+    if not isinstance(weight, QuantizedArray):
+        return weight.astype(dtype)
+    if weight.layout != "tiles" or weight.changes_inputs or weight.scheme.activations or dtype == jnp.float32:
+        return None
+    parts = weight.values, weight.scales, weight.zeros, weight.minimums, weight.tensor_scale
+    return QuantizedExperts(*parts, weight.format)
+
+
+def _planned(tokens, weights, chosen, experts, config: ModelConfig, implementation: str | None):
+    """Products of sorted pairs, of which nothing but the plan is sorted; `[k, T, D]`, weighted."""
+    planner = None if chosen.size <= MAX_PAIRS else "xla"  # said here, since one may be named for all ops at once
+    plan = plan_experts(chosen, experts["down"]["weight"].shape[0], implementation=planner)
+
+    def product(x, name, **options):
+        weight, bias = _for_kernels(experts[name], tokens.dtype), experts[name].get("bias")
+        assert weight is not None
+        return grouped_matmul(x, weight, plan, bias=bias, implementation=implementation, **options)
+
+    if config.gated and "gate_up" not in experts:
+        both = [product(tokens, name, gather=True, dtype=jnp.float32) for name in ("gate", "up")]
+        hidden = activate(jnp.concatenate(both, axis=-1), config.activation, gated=True).astype(tokens.dtype)
+    else:
+        name = "gate_up" if config.gated else "up"
+        hidden = product(tokens, name, gather=True, activation=config.activation, gated=config.gated)
+    dtype = jnp.float32 if tokens.shape[0] <= FEW_TOKENS else tokens.dtype
+    return product(hidden, "down", scatter=True, scale=weights, dtype=dtype)
 
 
 def _chosen_experts(tokens, weights, chosen, experts, config: ModelConfig):

@@ -21,7 +21,7 @@ class RaggedBatch:
     slot_of_token: jax.Array  # int32[T], S for padding
     cu_q_lens: jax.Array  # int32[S + 1], tokens before each slot's
     kv_lens: jax.Array  # int32[S], keys of each slot once this batch is written
-    page_table: jax.Array  # int32[S, M]
+    page_table: jax.Array  # int32[S, G * M], the groups of layers one behind the other
     logit_rows: jax.Array  # int32[R], rows of the batch whose logits are wanted
     final_lens: jax.Array | None = None  # int32[S], how long each sequence may become
     shared: SharedPrefix | None = None  # which slots begin with the same pages, if attention is to use it

@@ -45,7 +45,7 @@ class Contents:
         """The order in which free pages are given out: those with no contents first, then the longest free."""
         return jnp.where(jnp.any(self.keys != 0, axis=1), self.released, -1)
 
-    def stamp(self, pages: Int[Array, "S M"]) -> "Contents":
+    def stamp(self, pages: Int[Array, "S GM"]) -> "Contents":
         """Note that pages are given back now; of one row the end goes before the beginning, which more texts share."""
         columns = pages.shape[1]
         # Halfway to the largest number the clock is put back; what was released before then counts as equally old.
@@ -67,20 +67,29 @@ class PageTable:
     Invariant: `ref_counts[page]` is the number of slots whose row names it.
     """
 
-    table: jax.Array  # int32[S, M], page ids in the order of the text, P where there is none
-    num_pages: jax.Array  # int32[S], columns of each row that were filled; with a window, early ones are given back
+    table: jax.Array  # int32[S, G * M], each group's page ids in the order of the text, P where there is none
+    num_pages: jax.Array  # int32[S], columns that were filled in each group; those behind a window are given back
     ref_counts: jax.Array  # int32[P]
     contents: Contents | None = None  # kept for prefix caching
+    groups: int = dataclasses.field(default=1, metadata={"static": True})  # rows of each slot, one behind the other
 
     @classmethod
-    def empty(cls, slots: int, pages_per_slot: int, num_pages: int, caching: bool = False) -> "PageTable":
+    def empty(
+        cls, slots: int, pages_per_slot: int, num_pages: int, caching: bool = False, groups: int = 1
+    ) -> "PageTable":
         """A table in which every page is free."""
         return cls(
-            table=jnp.full((slots, pages_per_slot), num_pages, jnp.int32),
+            table=jnp.full((slots, groups * pages_per_slot), num_pages, jnp.int32),
             num_pages=jnp.zeros(slots, jnp.int32),
             ref_counts=jnp.zeros(num_pages, jnp.int32),
             contents=Contents.empty(num_pages) if caching else None,
+            groups=groups,
         )
+
+    @property
+    def columns(self) -> int:
+        """Pages that a slot may name in each group (M)."""
+        return self.table.shape[1] // self.groups
 
     @property
     def num_free(self) -> Int[Array, ""]:
@@ -98,56 +107,47 @@ class PageTable:
         page = jnp.where(age == -NEVER, total, page)
         return jnp.pad(page, (0, size - size_found), constant_values=total)
 
-    def grant(self, needy: Bool[Array, "S"], rank: Int[Array, "S"]) -> tuple["PageTable", Bool[Array, "S"]]:
-        """Give one more page to each needy slot while there are any.
+    def extend(self, count: Int[Array, "S"], most: int) -> "PageTable":
+        """Fill `count[s]` more columns of each slot's rows; there must be as many free pages.
 
         Args:
-          needy: slots that ask.
-          rank: place of each needy slot in the line, from 0; the first ones are served.
-
-        Returns:
-          The new table and which slots got a page.
+          count: columns of each slot.
+          most: columns of all slots together, at most.
         """
-        slots, total = needy.shape[0], self.ref_counts.shape[0]
-        granted = needy & (rank < self.num_free)
-        listed = _if_any(needy, lambda: self.free_list(slots), lambda: jnp.full(slots, total, jnp.int32))
-        page = jnp.where(granted, listed[jnp.where(granted, rank, 0)], total)
-        row = jnp.where(granted, jnp.arange(slots), slots)
-        return PageTable(
-            table=self.table.at[row, self.num_pages].set(page, mode="drop"),
-            num_pages=self.num_pages + granted,
-            ref_counts=self.ref_counts.at[page].add(1, mode="drop"),
-            contents=self.contents and self.contents.forget(page),
-        ), granted
+        total = self.ref_counts.shape[0]
 
-    def extend(self, count: Int[Array, "S"]) -> "PageTable":
-        """Give `count[s]` more pages to each slot; there must be as many free pages."""
-        total, columns = self.ref_counts.shape[0], jnp.arange(self.table.shape[1])
-        begin = (jnp.cumsum(count) - count)[:, None]
-        place = columns - self.num_pages[:, None]
-        is_new = (place >= 0) & (place < count[:, None])
-        page = self.free_list(total).at[jnp.where(is_new, begin + place, total)].get(mode="fill", fill_value=total)
-        return PageTable(
-            table=jnp.where(is_new, page, self.table),
-            num_pages=self.num_pages + count,
-            ref_counts=self.ref_counts.at[page].add(1, mode="drop"),
-            contents=self.contents and self.contents.forget(page),
-        )
+        def extended():
+            free = self.free_list(min(most * self.groups, total))
+            place = jnp.arange(self.columns) - self.num_pages[:, None]
+            is_new = (place >= 0) & (place < count[:, None])
+            index = ((jnp.cumsum(count) - count)[:, None] + place) * self.groups
+            index = jnp.concatenate([jnp.where(is_new, index + group, total) for group in range(self.groups)], axis=1)
+            page = free.at[index].get(mode="fill", fill_value=total)
+            return replace(
+                self,
+                table=jnp.where(jnp.tile(is_new, (1, self.groups)), page, self.table),
+                num_pages=self.num_pages + count,
+                ref_counts=self.ref_counts.at[page].add(1, mode="drop"),
+                contents=self.contents and self.contents.forget(page),
+            )
+
+        return _if_any(count > 0, extended, lambda: self)
 
     def assign(
-        self, slot: Int[Array, "C"], pages: Int[Array, "C M"], held: Int[Array, "C"], fresh: Bool[Array, "C M"]
+        self, slot: Int[Array, "C"], pages: Int[Array, "C GM"], held: Int[Array, "C"], fresh: Bool[Array, "C GM"]
     ) -> "PageTable":
         """Fill empty slots with rows of pages, one more reference for each page named.
 
         Args:
           slot: slots to fill; out of range for rows to leave out.
           pages: their rows, `P` where there is none.
-          held: how many columns of each row are filled.
+          held: how many columns of each are filled.
           fresh: which of the pages were free, and will be written anew.
         """
         slots, total = self.table.shape[0], self.ref_counts.shape[0]
         counted = jnp.where((slot < slots)[:, None], pages, total)
-        return PageTable(
+        return replace(
+            self,
             table=self.table.at[slot].set(pages, mode="drop"),
             num_pages=self.num_pages.at[slot].set(held, mode="drop"),
             ref_counts=self.ref_counts.at[counted].add(1, mode="drop"),
@@ -159,7 +159,7 @@ class PageTable:
         table = self.give_back(jnp.broadcast_to(slots[:, None], self.table.shape))
         return replace(table, num_pages=jnp.where(slots, 0, self.num_pages))
 
-    def give_back(self, entries: Bool[Array, "S M"]) -> "PageTable":
+    def give_back(self, entries: Bool[Array, "S GM"]) -> "PageTable":
         """Take single pages from their slots, which keep their places in the row."""
         total = self.ref_counts.shape[0]
 

@@ -134,6 +134,13 @@ def hash_token(token: Int[Array, "N"], position: Int[Array, "N"], salt: UInt32[A
     return _scramble(x ^ (position.astype(jnp.uint32)[:, None] * factor[::-1] + salt[:, None]))
 
 
+def of_group(keys: UInt32[Array, "*shape words"], group: int) -> UInt32[Array, "*shape words"]:
+    """Keys of the pages that a group of layers has of texts; zeros stay."""
+    return jnp.where(
+        jnp.any(keys != 0, axis=-1, keepdims=True), keys + jnp.array(_FACTORS, jnp.uint32) * jnp.uint32(group), keys
+    )
+
+
 def _scramble(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Spread every bit over the word: the finalizer of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

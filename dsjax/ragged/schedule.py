@@ -3,9 +3,12 @@
 Dynamic SplitFuse (DeepSpeed-FastGen, arXiv 2401.08671): running sequences get their one token first, and the rest of
 the token budget is filled with pieces of waiting prompts, so that every pass has about the same size.
 
-Sequences are served in their `order`. One is admitted when pages for all its known tokens are free and one more remains
-for each that runs; while it runs it takes a page at a time. When none is left the newest one gives all of its pages
-back and waits to be computed again: the oldest always goes on, so the queue always advances.
+Sequences are served in their `order`. One is admitted when pages for all its known tokens are free, besides those that
+the running ones still need for theirs and one more for each. It takes them as it is read and written. When none is left
+the newest one gives all of its pages back and waits to be computed again: the oldest always goes on, so the queue
+always advances.
+
+With groups of layers (see `groups`) "a page" is one for each group, and those with a window give pages back again.
 """
 
 from dataclasses import replace
@@ -16,16 +19,12 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from dsjax.ragged.batch import RaggedBatch
+from dsjax.ragged.groups import PageGroups, pages_for
 from dsjax.ragged.page_table import NEVER, PageTable
 from dsjax.ragged.pages import KVPages
-from dsjax.ragged.prefix import Prefixes
+from dsjax.ragged.prefix import Prefixes, of_group
 from dsjax.ragged.state import FREE, Emitted, Finish, Outputs, Queue, Slots, State, known_tokens, slot_sequences
 from pallas_kernels.ragged_paged_attention import shared_prefixes
-
-
-def pages_for(tokens, page_size: int):
-    """Pages that hold so many tokens."""
-    return (tokens + page_size - 1) // page_size
 
 
 def unfinished(state: State) -> jax.Array:
@@ -47,7 +46,7 @@ def has_prompts(queue: Queue, state: State) -> jax.Array:
     return jnp.any(pending_tokens(queue, state) > 1)
 
 
-def admit(queue: Queue, state: State, window: int | None = None) -> State:
+def admit(queue: Queue, state: State, groups: PageGroups | None = None) -> State:
     """Move waiting sequences into free slots, as many as slots and pages allow, in order.
 
     The first sample of a prompt reads it. Others wait until it has, then share its full pages by reference, get a copy
@@ -58,35 +57,36 @@ def admit(queue: Queue, state: State, window: int | None = None) -> State:
     Args:
       queue: the requests.
       state: its pages and slots are given out.
-      window: keys that any layer looks back at, `None` for all.
+      groups: how far layers look back, default as the pool was made for.
     """
+    groups = groups or state.pages.groups
     num_slots, num_sequences = state.slots.sequence.shape[0], queue.prompt.shape[0]
     sequence = slot_sequences(state.slots, num_sequences)
     running = jnp.zeros(num_sequences, bool).at[sequence].set(True, mode="drop")
     waiting = ~running & (state.outputs.finish == Finish.RUNNING)
     page_size = state.pages.page_size
-    copies = jnp.zeros(min(num_slots, num_sequences), jnp.int32)
+    copies = jnp.zeros(min(num_slots, num_sequences) * groups.count, jnp.int32)
 
     # Most calls find nobody waiting, or no slot free.
     table, slots, prefixes, copied = lax.cond(
         jnp.any(waiting) & jnp.any(state.slots.sequence == FREE),
-        lambda state: _choose(queue, state, waiting, window, page_size),
+        lambda state: _choose(queue, state, waiting, groups, page_size),
         lambda state: (state.table, state.slots, state.prefixes, (copies, copies, jnp.zeros((), jnp.int32))),
         replace(state, pages=None),
     )
     return replace(state, pages=state.pages.copy(*copied), table=table, slots=slots, prefixes=prefixes)
 
 
-def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, page_size: int):
+def _choose(queue: Queue, state: State, waiting: jax.Array, groups: PageGroups, page_size: int):
     """Which of the waiting sequences go where.
 
     Returns:
       Page table, slots and keys with those in, and the pages to copy: sources, targets, how many.
     """
     table, slots, outputs = state.table, state.slots, state.outputs
-    (num_slots, pages_per_slot), total_pages = table.table.shape, table.ref_counts.shape[0]
+    num_slots, columns, total_pages = table.table.shape[0], table.columns, table.ref_counts.shape[0]
     num_prompts, num_sequences = queue.lengths.shape[0], queue.prompt.shape[0]
-    slot_ids, column = jnp.arange(num_slots), jnp.arange(pages_per_slot)
+    slot_ids, column = jnp.arange(num_slots), jnp.arange(columns)
 
     # For each prompt: a slot that has read it (the donor), whether one reads it, and its first waiting sequence.
     sequence = slot_sequences(slots, num_sequences)
@@ -94,9 +94,10 @@ def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, 
     length = queue.lengths.at[slot_prompt].get(mode="fill", fill_value=NEVER)
     has_read = slots.context >= length - 1
     gives = has_read
-    if window is not None:  # the first page that the prompt's last token sees must not have been given back
-        first_seen = jnp.maximum(length - window, 0) // page_size
-        gives &= (first_seen + 1) * page_size > slots.context - window + 1
+    for window in groups.windows:
+        if window is not None:  # the first page that the prompt's last token sees must not have been given back
+            first_seen = jnp.maximum(length - window, 0) // page_size
+            gives &= (first_seen + 1) * page_size > slots.context - window + 1
     donor_of_prompt = jnp.full(num_prompts, -1).at[slot_prompt].max(jnp.where(gives, slot_ids, -1), mode="drop")
     is_read = jnp.zeros(num_prompts, bool).at[slot_prompt].max(~has_read, mode="drop")
     first = jnp.full(num_prompts, NEVER).at[queue.prompt].min(jnp.where(waiting, queue.order, NEVER))
@@ -113,48 +114,51 @@ def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, 
     forks = donor >= 0
     donor_row = table.table[jnp.maximum(donor, 0)]
     shared = jnp.where(forks, (prompt_len - 1) // page_size, 0)
-    shared_row = jnp.where(column < shared[:, None], donor_row, total_pages)
+    shared_row = jnp.where(jnp.tile(column, groups.count) < shared[:, None], donor_row, total_pages)
     wants = eligible[candidate]
     prefixes = state.prefixes
     if prefixes is not None:
-        found, found_row = _find(prefixes, table, candidate, known, window, page_size)
+        found, found_row = _find(prefixes, table, candidate, known, groups, page_size)
         found = jnp.where(forks, 0, found)
         shared = jnp.where(forks, shared, found)
         shared_row = jnp.where(forks[:, None], shared_row, found_row)
         # Who runs, or comes before, and will write the page that is to be found next.
         others = jnp.concatenate([sequence, jnp.where(wants, candidate, num_sequences)])
         theirs = prefixes.of_text.at[others[None, :], found[:, None]].get(mode="fill", fill_value=0)
-        same = jnp.all(theirs == prefixes.of_text[candidate, jnp.minimum(found, pages_per_slot - 1)][:, None], axis=-1)
+        same = jnp.all(theirs == prefixes.of_text[candidate, jnp.minimum(found, columns - 1)][:, None], axis=-1)
         ends = (found + 1) * page_size
         same &= known.at[others].get(mode="fill", fill_value=0) >= ends[:, None]
         will_write = jnp.concatenate(
             [slots.context < ends[:, None], jnp.arange(count) < jnp.arange(count)[:, None]], axis=1
         )
         wants &= forks | (ends > known[candidate] - 1) | ~jnp.any(same & will_write, axis=1)
-    held = pages_for(known[candidate], page_size)
     # Pages that are found free are taken from the free ones too.
     revived = jnp.sum(table.ref_counts.at[shared_row].get(mode="fill", fill_value=1) == 0, axis=1)
-    new = jnp.where(wants, held - shared, 0)
+    needed = groups.peak(pages_for(known[candidate], page_size) - shared) + revived
+    waits = slots.sequence < 0
+    running_known = known.at[sequence].get(mode="fill", fill_value=0)
+    promised = groups.peak(jnp.where(waits, 0, jnp.maximum(pages_for(running_known, page_size) - table.num_pages, 0)))
     place = jnp.cumsum(wants) - 1
     free_slot = jnp.nonzero(slots.sequence == FREE, size=count, fill_value=num_slots)[0][place]
-    company = jnp.sum(slots.sequence >= 0) + place
-    fits = jnp.cumsum(jnp.where(wants, new + revived, 0)) + company <= table.num_free
+    company = (jnp.sum(~waits) + place) * groups.count
+    fits = jnp.cumsum(jnp.where(wants, needed, 0)) + jnp.sum(promised) + company <= table.num_free
     admitted = wants & jnp.cumprod(~wants | (fits & (free_slot < num_slots))).astype(bool)
-
-    # Rows of pages: first the shared ones, then new ones from the free list.
-    shared_row = jnp.where(admitted[:, None], shared_row, total_pages)
-    taken = replace(table, ref_counts=table.ref_counts.at[shared_row].add(1, mode="drop"))
-    is_new = (column >= shared[:, None]) & (column < held[:, None]) & admitted[:, None]
-    index = (jnp.cumsum(new) - new - shared)[:, None] + column
-    fresh = taken.free_list(total_pages).at[index].get(mode="fill", fill_value=total_pages)
-    rows = jnp.where(is_new, fresh, shared_row)
-    target = jnp.where(admitted, free_slot, num_slots)
 
     # The page that a fork will write to begins with prompt tokens of the donor's, unless it begins at the last token.
     copies = admitted & forks & ((prompt_len - 1) % page_size > 0)
+    shared_row = jnp.where(admitted[:, None], shared_row, total_pages)
+    taken = replace(table, ref_counts=table.ref_counts.at[shared_row].add(1, mode="drop"))
+    index = (jnp.cumsum(copies) - 1)[:, None] * groups.count + jnp.arange(groups.count)
+    fresh = taken.free_list(min(count * groups.count, total_pages)).at[jnp.where(copies[:, None], index, total_pages)]
+    target_page = fresh.get(mode="fill", fill_value=total_pages)
+    at = jnp.minimum((prompt_len - 1) // page_size, columns - 1)[:, None] + jnp.arange(groups.count) * columns
+    source_page = jnp.take_along_axis(donor_row, at, axis=1)
+    is_new = jnp.zeros(shared_row.shape, bool).at[jnp.arange(count)[:, None], at].set(copies[:, None])
+    rows = shared_row.at[jnp.arange(count)[:, None], jnp.where(copies[:, None], at, table.table.shape[1])].set(
+        target_page, mode="drop"
+    )
+    target = jnp.where(admitted, free_slot, num_slots)
     copied_first = jnp.argsort(~copies)
-    at = jnp.minimum((prompt_len - 1) // page_size, pages_per_slot - 1)[:, None]
-    source_page, target_page = (jnp.take_along_axis(part, at, axis=1)[:, 0] for part in (donor_row, rows))
     if prefixes is not None:
         looked = admitted & ~forks
         first_time = jnp.where(looked & (known[candidate] == prompt_len), candidate, num_sequences)
@@ -169,51 +173,66 @@ def _choose(queue: Queue, state: State, waiting: jax.Array, window: int | None, 
         sequence=slots.sequence.at[target].set(candidate.astype(jnp.int32), mode="drop"),
         context=slots.context.at[target].set(begin, mode="drop"),
     )
-    table = table.assign(target, rows, held, is_new)
-    return (
-        table,
-        slots,
-        prefixes,
-        (source_page[copied_first], target_page[copied_first], jnp.sum(copies, dtype=jnp.int32)),
-    )
+    table = table.assign(target, rows, shared + copies, is_new)
+    sources, targets = (page[copied_first].reshape(-1) for page in (source_page, target_page))
+    return table, slots, prefixes, (sources, targets, jnp.sum(copies, dtype=jnp.int32) * groups.count)
 
 
-def _find(prefixes: Prefixes, table: PageTable, candidate, known, window: int | None, page_size: int):
+def _find(prefixes: Prefixes, table: PageTable, candidate, known, groups: PageGroups, page_size: int):
     """Pages that hold the beginnings of texts.
 
     The last known token is always computed, since its logits are wanted. Behind a window only the pages that can still
     be seen have to be there.
 
     Returns:
-      `int32[C]`, how many pages each may skip, and `int32[C, M]`, those among them to be read, else `P`.
+      `int32[C]`, how many pages each may skip, and `int32[C, G * M]`, those among them to be read, else `P`.
     """
-    columns, total = table.table.shape[1], table.ref_counts.shape[0]
+    columns, total = table.columns, table.ref_counts.shape[0]
     column = jnp.arange(columns)
     assert table.contents is not None
-    page = prefixes.lookup(table.contents, prefixes.of_text[candidate])
-    present = (page < total) & (column < ((known[candidate] - 1) // page_size)[:, None])
-    run_begin = lax.cummax(jnp.where(present, 0, column + 1), axis=1)
-    back = columns if window is None else pages_for(window - 1, page_size)
-    enough = column + 1 - run_begin >= jnp.minimum(column + 1, back)
-    found = jnp.max(jnp.where(enough & present, column + 1, 0), axis=1)
-    read = (column < found[:, None]) & (column >= found[:, None] - back)
-    return found.astype(jnp.int32), jnp.where(read, page, total)
+    known_pages = column < ((known[candidate] - 1) // page_size)[:, None]
+    pages, backs, enough = [], [], known_pages
+    for group, window in enumerate(groups.windows):
+        page = prefixes.lookup(table.contents, of_group(prefixes.of_text[candidate], group))
+        present = (page < total) & known_pages
+        run_begin = lax.cummax(jnp.where(present, 0, column + 1), axis=1)
+        back = columns if window is None else pages_for(window - 1, page_size)
+        enough &= present & (column + 1 - run_begin >= jnp.minimum(column + 1, back))
+        pages.append(page)
+        backs.append(back)
+    found = jnp.max(jnp.where(enough, column + 1, 0), axis=1)
+    rows = [
+        jnp.where((column < found[:, None]) & (column >= found[:, None] - back), page, total)
+        for page, back in zip(pages, backs, strict=True)
+    ]
+    return found.astype(jnp.int32), jnp.concatenate(rows, axis=1)
 
 
-def _grow(table: PageTable, needy: jax.Array, active: jax.Array, order: jax.Array):
-    """A page for each needy slot, oldest first; when they run out the newest slot is preempted.
+def _grow(state: State, q_lens: jax.Array, active: jax.Array, order: jax.Array, num_tokens: int):
+    """Pages for the tokens of a step, oldest first; when they run out the newest slot is preempted.
+
+    Args:
+      state: its page table grows.
+      q_lens: tokens of each slot.
+      active: slots that run.
+      order: of their sequences.
+      num_tokens: of all slots, at most.
 
     Returns:
       The table, which slots are preempted (at most one), and which got nothing and must pause for this step.
     """
-    short = jnp.sum(needy) > table.num_free
+    table, page_size = state.table, state.pages.page_size
+    count = jnp.maximum(pages_for(state.slots.context + q_lens, page_size) - table.num_pages, 0)
+    count = jnp.where(active & (q_lens > 0), count, 0)
+    short = jnp.sum(count) * table.groups > table.num_free
     newest = jnp.argmax(jnp.where(active, order, -1))
     preempted = short & (jnp.sum(active) > 1) & (jnp.arange(active.shape[0]) == newest)
     table = table.release(preempted)
-    needy &= ~preempted
-    older_and_needy = needy & (order < order[:, None])
-    table, granted = table.grant(needy, jnp.sum(older_and_needy, axis=1, dtype=jnp.int32))
-    return table, preempted, needy & ~granted
+    count = jnp.where(preempted, 0, count)
+    in_line = count + jnp.sum(jnp.where(order < order[:, None], count, 0), axis=1)
+    granted = in_line * table.groups <= table.num_free
+    most = order.shape[0] + num_tokens // page_size
+    return table.extend(jnp.where(granted, count, 0), most), preempted, (count > 0) & ~granted
 
 
 def plan(
@@ -240,17 +259,13 @@ def plan(
     """
     num_slots = state.slots.sequence.shape[0]
     num_sequences = queue.prompt.shape[0]
+    page_size = state.pages.page_size
     sequence = slot_sequences(state.slots, num_sequences)
     active = state.slots.sequence >= 0
     order = queue.order.at[sequence].get(mode="fill", fill_value=NEVER)
     pending = pending_tokens(queue, state)
-    needy = active & (pages_for(pending + state.slots.context, state.pages.page_size) > state.table.num_pages)
-    table, preempted, paused = _grow(state.table, needy, active, order)
 
-    slots = Slots(
-        sequence=jnp.where(preempted, FREE, state.slots.sequence), context=jnp.where(preempted, 0, state.slots.context)
-    )
-    ready = jnp.where(active & ~preempted & ~paused, pending, 0)
+    ready = jnp.where(active, pending, 0)
     decoding = ready == 1
     reading = jnp.where(decoding, 0, ready)
     if not split_fuse:
@@ -260,6 +275,11 @@ def plan(
     q_lens = jnp.where(decoding, 1, piece)
     if max_q_len is not None:
         q_lens = jnp.minimum(q_lens, max_q_len)
+    table, preempted, paused = _grow(state, q_lens, active, order, num_tokens)
+    q_lens = jnp.where(preempted | paused, 0, q_lens)
+    slots = Slots(
+        sequence=jnp.where(preempted, FREE, state.slots.sequence), context=jnp.where(preempted, 0, state.slots.context)
+    )
 
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
     row = jnp.arange(num_tokens)
@@ -269,7 +289,7 @@ def plan(
     position = jnp.where(is_real, position, 0)
     kv_lens = jnp.where(q_lens > 0, slots.context + q_lens, 0)
     # Several samples of a prompt hold the same pages of it. So do prompts that prefix caching found alike; but there
-    # may be none, and to look for them costs six launches a layer.
+    # may be none, and to look for them costs six launches a layer. What is alike in the first group is in all of them.
     shares &= num_sequences > queue.lengths.shape[0]
     batch = RaggedBatch(
         tokens=jnp.where(is_real, _tokens_at(queue, state.outputs, sequence.at[slot].get(mode="clip"), position), 0),
@@ -280,7 +300,7 @@ def plan(
         page_table=table.table,
         logit_rows=jnp.maximum(cu_q_lens[1:] - 1, 0),
         final_lens=(queue.lengths[queue.prompt] + queue.limits).at[sequence].get(mode="clip"),
-        shared=shared_prefixes(table.table, cu_q_lens, kv_lens, state.pages.page_size) if shares else None,
+        shared=shared_prefixes(table.table[:, : table.columns], cu_q_lens, kv_lens, page_size) if shares else None,
     )
     counters = state.counters
     kind = "decode_steps" if max_q_len == 1 else "mixed_steps"
@@ -311,7 +331,8 @@ def advance(
     token,
     logprob,
     sampling_logprob=None,
-    window: int | None = None,
+    *,
+    groups: PageGroups | None = None,
 ) -> tuple[State, Emitted]:
     """Take in what a forward pass gave: append tokens, end sequences, give their pages back.
 
@@ -323,7 +344,7 @@ def advance(
       token: `int32[S]`, the token sampled from each slot's last row; used only where that row was its last known token.
       logprob: `float32[S]`, its log-probability under the model.
       sampling_logprob: `float32[S]`, under the distribution sampled from, if the outputs keep that.
-      window: keys that any layer looks back at, `None` for all; pages further back are given back.
+      groups: how far layers look back, default as the pool was made for; pages further back are given back.
 
     Returns:
       The state for the next step, and the tokens that were appended.
@@ -346,10 +367,7 @@ def advance(
         table, prefixes = _remember(slots, table, prefixes, batch, page_size)
         position = queue.lengths[prompt] + generated
         prefixes = prefixes.append(sequence, position, token, queue.salt[prompt], page_size)
-    if window is not None:
-        # The next query is at `context`, and sees keys from `context - window + 1` on.
-        unseen = (jnp.arange(table.table.shape[1]) + 1) * page_size <= (context - window + 1)[:, None]
-        table = table.give_back(unseen & (slots.sequence >= 0)[:, None])
+    table = give_back_unseen(table, context, slots.sequence >= 0, groups or pages.groups, page_size)
 
     def append(kept, new):
         return kept if kept is None else kept.at[sequence, generated].set(new.astype(kept.dtype), mode="drop")
@@ -371,15 +389,31 @@ def advance(
     return state, Emitted(sequence=sequence, token=token, logprob=logprob, finish=finish)
 
 
+def give_back_unseen(table: PageTable, context, active, groups: PageGroups, page_size: int) -> PageTable:
+    """Take the pages from slots that no query of theirs will see: the next one is at `context`."""
+    if all(window is None for window in groups.windows):
+        return table
+    end = (jnp.arange(table.columns) + 1) * page_size
+    unseen = [
+        jnp.zeros((len(context), table.columns), bool) if window is None else end <= (context - window + 1)[:, None]
+        for window in groups.windows
+    ]
+    return table.give_back(jnp.concatenate(unseen, axis=1) & active[:, None])
+
+
 def _remember(slots: Slots, table: PageTable, prefixes: Prefixes, batch: RaggedBatch, page_size: int):
     """Note the texts of the pages that this batch filled."""
     total = table.ref_counts.shape[0]
     sequence = slot_sequences(slots, prefixes.of_text.shape[0])
     owner = sequence.at[batch.slot_of_token].get(mode="fill", fill_value=prefixes.of_text.shape[0])
     column = batch.positions // page_size
-    page = batch.page_table.at[batch.slot_of_token, column].get(mode="fill", fill_value=total)
-    page = jnp.where((batch.positions + 1) % page_size == 0, page, total)
+    fills = (batch.positions + 1) % page_size == 0
     keys = prefixes.of_text.at[owner, column].get(mode="fill", fill_value=0)
-    assert table.contents is not None
-    prefixes, contents = prefixes.insert(table.contents, page, keys)
-    return replace(table, contents=contents), prefixes
+    for group in range(table.groups):
+        page = batch.page_table.at[batch.slot_of_token, column + group * table.columns].get(
+            mode="fill", fill_value=total
+        )
+        assert table.contents is not None
+        prefixes, contents = prefixes.insert(table.contents, jnp.where(fills, page, total), of_group(keys, group))
+        table = replace(table, contents=contents)
+    return table, prefixes

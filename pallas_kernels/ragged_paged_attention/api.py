@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from pallas_kernels import dispatch
+from pallas_kernels.ragged_paged_attention import quantized
 
 # Modules of this package, best first.
 BACKENDS = ("mosaic", "triton", "xla", "reference")
 
 QUERY_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
-QUANTIZED_DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 
 
 @overload
@@ -130,8 +130,8 @@ def _check_arrays(q, key_pages, value_pages, key_scales, value_scales) -> None:
         stored == value_pages.dtype, f"key_pages are {stored} but value_pages {value_pages.dtype}; store both alike"
     )
     scales = {"key_scales": key_scales, "value_scales": value_scales}
-    if stored not in QUANTIZED_DTYPES:
-        names = [dtype.name for dtype in QUANTIZED_DTYPES]
+    if stored not in quantized.DTYPES:
+        names = [dtype.name for dtype in quantized.DTYPES]
         _require(
             stored == q.dtype,
             f"pages are {stored} and q is {q.dtype}; give q in their dtype, or quantize them to {', '.join(names)}",

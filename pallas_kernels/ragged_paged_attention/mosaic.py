@@ -80,7 +80,7 @@ def attention(
         kv_starts=kv_starts,
     )
     gpu = dispatch.current_gpu()
-    features = common.Features(scale, soft_cap, gpu.capability if gpu else None)
+    features = common.Features(scale, soft_cap, gpu.capability if gpu else None, key_pages.dtype)
     arrays = (q, (key_pages, value_pages), (key_scales, value_scales), page_table)
     plan = decode.plan_of_slots(cu_q_lens, kv_lens, kv_starts, window)
     config = triton.decode_config(q, key_pages, page_table, window, page_table.shape[0], gpu)

@@ -14,14 +14,15 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.ragged_paged_attention import quantized
 from pallas_kernels.ragged_paged_attention import triton_common as common
 from pallas_kernels.ragged_paged_attention import triton_decode as decode
+from pallas_kernels.ragged_paged_attention import triton_pools as pools
 from pallas_kernels.ragged_paged_attention import triton_prefill as prefill
 
 # What kernels are interpreted as; so few cores that tests see parts of several steps.
 INTERPRETED = dispatch.Gpu("interpreter", (9, 0), 8)
 QUERIES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
-QUANTIZED = tuple(map(jnp.dtype, (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 
@@ -31,17 +32,17 @@ def refusals(q, key_pages, *_, gpu, **__):
     reasons = dispatch.triton_refusals(gpu)
     if q.dtype not in QUERIES:
         reasons.append(f"queries are {q.dtype}, not one of {', '.join(map(str, QUERIES))}")
-    if key_pages.dtype != q.dtype and key_pages.dtype not in QUANTIZED:
-        reasons.append(f"pages are {key_pages.dtype}, neither {q.dtype} nor one of {', '.join(map(str, QUANTIZED))}")
+    if key_pages.dtype != q.dtype and key_pages.dtype not in quantized.DTYPES:
+        names = ", ".join(map(str, quantized.DTYPES))
+        reasons.append(f"pages are {key_pages.dtype}, neither {q.dtype} nor one of {names}")
     if q.shape[2] > MAX_HEAD_DIM:
         reasons.append(f"head size {q.shape[2]} is above {MAX_HEAD_DIM}")
     if key_pages.shape[2] not in PAGE_SIZES:
         reasons.append(f"page size {key_pages.shape[2]} is none of {PAGE_SIZES}")
     if gpu and q.dtype == jnp.float32 and key_pages.dtype != q.dtype and q.shape[2] > 128:
         reasons.append("float32 queries over quantized pages of a head size above 128 do not fit in registers")
-    if key_pages.size > 2**31 and key_pages.size * key_pages.dtype.itemsize <= 2**32:
-        size = key_pages.size * key_pages.dtype.itemsize / 2**30
-        reasons.append(f"a pool of {size:.1f} GiB of {key_pages.dtype}: Triton's offsets overflow between 2 and 4 GiB")
+    if key_pages.dtype in quantized.DTYPES and q.shape[2] % pools.BYTES:
+        reasons.append(f"head size {q.shape[2]} is no multiple of {pools.BYTES}, which a word of quantized pages holds")
     return reasons
 
 
@@ -68,7 +69,7 @@ def attention(
     gpu = dispatch.current_gpu()
     tokens, heads, _ = q.shape
     slots = page_table.shape[0]
-    features = common.Features(scale, soft_cap, gpu.capability if gpu else None)
+    features = common.Features(scale, soft_cap, gpu.capability if gpu else None, key_pages.dtype)
     arrays = (q, (key_pages, value_pages), (key_scales, value_scales), page_table)
     vectors = (alibi_slopes, sinks)
 

@@ -5,7 +5,9 @@ statistics stay in that domain until the log-sum-exp is written.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import pltriton, triton_call
+from pallas_kernels.ragged_paged_attention.quantized import LIFT
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -27,19 +30,21 @@ class Features:
       scale: of the products of queries and keys.
       soft_cap: limit of the scores, or `None`.
       capability: of the GPU that is compiled for, `None` where kernels are interpreted.
+      stored: dtype of the pages.
     """
 
     scale: float
     soft_cap: float | None
     capability: tuple[int, int] | None
+    stored: jnp.dtype
 
 
 class Statistics(NamedTuple):
-    """State of the online softmax: highest score and sum of each row, and what the values have come to."""
+    """State of the online softmax: highest score and sum of each row, and what each part of the values has come to."""
 
     highest: jax.Array
     total: jax.Array
-    acc: jax.Array
+    acc: tuple[jax.Array, ...]
 
 
 def call_kernel(kernel, inputs, outputs, into, static, **options):
@@ -71,14 +76,6 @@ def call_kernel(kernel, inputs, outputs, into, static, **options):
         input_output_aliases={len(given) + i: list(outputs).index(name) for i, name in enumerate(into)},
         **options,
     )
-
-
-def pool_views(pages, scales):
-    """Keys, values and their scales as kernels take them: one row a key of a head."""
-    head_dim = pages[0].shape[3]
-    views = {name: x.reshape(-1, head_dim) for name, x in zip(("keys", "values"), pages, strict=True)}
-    scale_views = zip(("key_scales", "value_scales"), scales, strict=True)
-    return views | {name: None if x is None else x.reshape(-1) for name, x in scale_views}
 
 
 def padded(size):
@@ -120,49 +117,6 @@ def load_of_heads(refs, name, head, inside):
     return load(refs[name].at[head], inside).astype(jnp.float32) if name in refs else None
 
 
-def load_pools(refs, rows, head_dim, visible, dtype, features):
-    """Tiles of keys and of values, each with its scales.
-
-    Args:
-      refs: the kernel's, with those of `pool_views`.
-      rows: from `rows_of_step`.
-      head_dim: columns of the pools.
-      visible: which rows are read at all, or `None` for all; the others are 0.
-      dtype: of the tiles.
-      features: for what the GPU can convert.
-
-    Returns:
-      Twice `[rows, H]` and, for quantized pools, `[rows]`, else `None`.
-    """
-    columns = jnp.arange(padded(head_dim))
-    mask = None if visible is None else visible[:, None]
-    if head_dim < len(columns):
-        inside = (columns < head_dim)[None, :]
-        mask = inside if mask is None else mask & inside
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (rows.shape[0], len(columns)))
-
-    def pool(name):
-        tile = dequantized(load(refs[f"{name}s"].at[rows[:, None], columns[None, :]], mask), dtype, features)
-        scales = refs.get(f"{name}_scales")
-        return tile, None if scales is None else load(scales.at[rows], visible)
-
-    return pool("key"), pool("value")
-
-
-def dequantized(tile, dtype, features):
-    """A tile of stored keys or values in the dtype of the product, before its scales."""
-    if tile.dtype != jnp.float8_e4m3fn:
-        return tile.astype(dtype)
-    if features.capability is None or features.capability >= (8, 9):
-        # By way of float32, because the hardware is slow at float16 to bfloat16.
-        return tile.astype(jnp.float16).astype(jnp.float32).astype(dtype)
-    # Sign and the seven other bits, moved to where float16 has them: 2 ** 8 too small for the difference in bias.
-    bits = lax.bitcast_convert_type(tile, jnp.int8).astype(jnp.int16)
-    half = lax.bitcast_convert_type((bits << 7) & jnp.int16(-0x4080), jnp.float16)
-    return (half * jnp.float16(256)).astype(dtype)
-
-
 def dot(a, b):
     """Product of two tiles in float32; of float32 tiles at full precision, not as TF32."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -200,8 +154,8 @@ def scores_of(q, keys, slopes, distance, features):
     """Scores of a tile, and the factor that brings them into the domain of powers of two.
 
     Args:
-      q: queries `[rows, H]`.
-      keys: `[keys, H]` in the dtype of `q`, and their scales `[keys]` or `None`.
+      q: parts of the queries, `[rows, .]` each.
+      keys: parts of the keys, `[keys, .]` each in the dtype of `q`, and their scales `[keys]` or `None`.
       slopes: of ALiBi, `[rows]`, or `None`.
       distance: key positions minus query positions; broadcasts to `[rows, keys]`.
       features: scale and cap.
@@ -210,14 +164,14 @@ def scores_of(q, keys, slopes, distance, features):
       Scores, and a positive factor that is left to the exponential, where it costs nothing.
     """
     keys, key_scales = keys
-    scores = dot(q, keys.T)
+    scores = functools.reduce(operator.add, [dot(mine, theirs.T) for mine, theirs in zip(q, keys, strict=True)])
     if key_scales is not None:
         scores *= key_scales[None, :]
     if features.soft_cap is None and slopes is None and features.scale > 0:
         return scores, features.scale * LOG2E
     if features.soft_cap is None:
         scores *= features.scale * LOG2E
-    elif q.dtype == jnp.float32:
+    elif q[0].dtype == jnp.float32:
         scores = jnp.tanh(scores * (features.scale / features.soft_cap)) * (features.soft_cap * LOG2E)
     else:
         scores = _capped(scores, features.scale / features.soft_cap, features.soft_cap * LOG2E, features)
@@ -233,36 +187,34 @@ def softmax_step(state, scores, factor, values, features):
       state: after the tiles before.
       scores: `[rows, keys]`, minus infinity where a key is not visible.
       factor: what is still to be multiplied with the scores.
-      values: `[keys, H]`, finite everywhere, and their scales `[keys]` or `None`.
+      values: their parts, `[keys, .]` each, finite everywhere, and their scales `[keys]` or `None`.
       features: for what the GPU can do.
     """
     values, scales = values
-    highest = jnp.maximum(state.highest, jnp.max(scores, axis=1) * factor)
+    new = jnp.max(scores, axis=1) * factor
+    highest = jnp.maximum(state.highest, new - LIFT[features.stored] if scales is not None else new)
     weights = exp2(scores, factor, -highest[:, None], features)
     correction = exp2(state.highest, 1.0, -highest, features)
     total = state.total * correction + jnp.sum(weights, axis=1)
     if scales is not None:
         weights *= scales[None, :]
-    acc = state.acc * correction[:, None] + dot(weights.astype(values.dtype), values)
+    weights = weights.astype(values[0].dtype)
+    acc = tuple(old * correction[:, None] + dot(weights, part) for old, part in zip(state.acc, values, strict=True))
     return Statistics(highest, total, acc)
 
 
-def no_statistics(rows, head_dim):
-    """The state before the first key."""
-    return Statistics(
-        jnp.full((rows,), LOWEST, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, padded(head_dim)), jnp.float32),
-    )
+def no_statistics(rows, columns):
+    """The state before the first key, of parts with these columns."""
+    acc = tuple(jnp.zeros((rows, len(part)), jnp.float32) for part in columns)
+    return Statistics(jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), acc)
 
 
-def finished(state, sinks):
+def finished(highest, total, acc, sinks):
     """Output and log-sum-exp (to base 2) of each row, with one more score without a value if there are `sinks`."""
-    highest, total, acc = state
     if sinks is not None:
         sinks = sinks * LOG2E
-        highest = jnp.maximum(highest, sinks)
-        correction = jnp.exp2(state.highest - highest)
+        before, highest = highest, jnp.maximum(highest, sinks)
+        correction = jnp.exp2(before - highest)
         total = total * correction + jnp.exp2(sinks - highest)
         acc = acc * correction[:, None]
     seen = total > 0

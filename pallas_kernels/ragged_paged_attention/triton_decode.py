@@ -15,6 +15,7 @@ from jax import lax
 
 from pallas_kernels.compat import pl, pltriton
 from pallas_kernels.ragged_paged_attention import triton_common as common
+from pallas_kernels.ragged_paged_attention import triton_pools as pools
 
 ROW, SLOT, FIRST, END = range(4)
 
@@ -100,7 +101,7 @@ def attend(q, pages, scales, page_table, plan, slopes, sinks, features, config, 
     found = common.call_kernel(
         _attend_kernel,
         {"plan": plan, "page_table": page_table, "q": q}
-        | common.pool_views(pages, scales)
+        | pools.views(pages, scales)
         | {"slopes": slopes, "sinks": sinks if whole else None},
         result if whole else parts,
         taken if whole else {},
@@ -151,9 +152,11 @@ def _attend_kernel(refs, *, slots, head_dim, config, keep, shape, group, blocks,
         member = block * config.group_rows + jnp.arange(config.group_rows)
         inside = member < group
         head = kv_head * group + member
-        columns = jnp.arange(common.padded(head_dim))[None, :]
-        inside_tile = inside[:, None] & (columns < head_dim)
-        q = common.load(refs["q"].at[row, head[:, None], columns], inside_tile)
+        columns = pools.columns_of(head_dim, features.stored)
+        q = [
+            common.load(refs["q"].at[row, head[:, None], part[None, :]], inside[:, None] & (part < head_dim)[None, :])
+            for part in columns
+        ]
         slopes = common.load_of_heads(refs, "slopes", head, inside)
 
         def pages_of(i):
@@ -164,21 +167,24 @@ def _attend_kernel(refs, *, slots, head_dim, config, keep, shape, group, blocks,
             place = i * config.keys + jnp.arange(config.keys)
             visible = (place >= first_key) & (place < end_key)
             rows = common.rows_of_step(pages, kv_head, i, config.keys, shape)
-            keys, values = common.load_pools(refs, rows, head_dim, visible, q.dtype, features)
+            keys, values = pools.load(refs, rows, head_dim, visible, refs["q"].dtype, features)
             distance = (place - (end_key - 1))[None, :]
             scores, factor = common.scores_of(q, keys, slopes, distance, features)
             scores = jnp.where(visible[None, :], scores, -jnp.inf)
             return pages_of(i + 1), common.softmax_step(state, scores, factor, values, features)
 
-        state = common.no_statistics(config.group_rows, head_dim)
+        state = common.no_statistics(config.group_rows, columns)
         _, state = lax.fori_loop(first, end, step, (pages_of(first), state))
-        out, lse = common.finished(state, common.load_of_heads(refs, "sinks", head, inside))
+        sinks = common.load_of_heads(refs, "sinks", head, inside)
+        out, lse = common.finished(state.highest, state.total, pools.interleaved(state.acc), sinks)
+        columns = jnp.arange(out.shape[1])[None, :]
+        inside_tile = inside[:, None] & (columns < head_dim)
         if config.splits > 1:
             pltriton.store(refs["parts"].at[program, split, head[:, None], columns], out, mask=inside_tile)
             pltriton.store(refs["parts_lse"].at[program, split, head], lse, mask=inside)
         else:
             lse = jnp.where(slot < slots, lse * common.LN2, -jnp.inf)
-            pltriton.store(refs["out"].at[row, head[:, None], columns], out.astype(q.dtype), mask=inside_tile)
+            pltriton.store(refs["out"].at[row, head[:, None], columns], out.astype(refs["out"].dtype), mask=inside_tile)
             pltriton.store(refs["lse"].at[row, head], lse, mask=inside)
 
 
@@ -201,8 +207,8 @@ def _merge_kernel(refs, *, slots, head_dim, config, keep):
         highest = jnp.maximum(jnp.max(part_lse, keepdims=True), common.LOWEST)
         weights = jnp.exp2(part_lse - highest)
         acc = jnp.sum(parts * weights[:, None], axis=0, keepdims=True)
-        state = common.Statistics(highest, jnp.sum(weights, keepdims=True), acc)
+        total = jnp.sum(weights, keepdims=True)
         sinks = refs["sinks"][head][None].astype(jnp.float32) if "sinks" in refs else None
-        out, lse = common.finished(state, sinks)
+        out, lse = common.finished(highest, total, acc, sinks)
         refs["lse"][row, head] = jnp.where(slot < slots, jnp.sum(lse) * common.LN2, -jnp.inf)
         pltriton.store(refs["out"].at[row, head, columns], jnp.sum(out, axis=0).astype(refs["out"].dtype), mask=inside)

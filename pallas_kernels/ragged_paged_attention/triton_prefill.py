@@ -16,6 +16,7 @@ from jax import lax
 
 from pallas_kernels.compat import pl, pltriton
 from pallas_kernels.ragged_paged_attention import triton_common as common
+from pallas_kernels.ragged_paged_attention import triton_pools as pools
 from pallas_kernels.ragged_paged_attention.blocks import num_query_blocks, query_blocks
 
 SLOT, START, ROW, QUERIES, LENGTH, FIRST = range(6)
@@ -98,7 +99,7 @@ def attend(q, pages, scales, page_table, plan, slopes, sinks, features, mask, co
     return common.call_kernel(
         _kernel,
         {"plan": plan, "page_table": page_table, "q": q}
-        | common.pool_views(pages, scales)
+        | pools.views(pages, scales)
         | {"slopes": slopes, "sinks": sinks},
         {
             "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -132,7 +133,7 @@ def _kernel(refs, *, shape, group, features, mask, config):
     # A slot's last blocks see most keys if causal: they go first, so that the GPU does not wait for them at the end.
     block = plan.shape[1] - 1 - pl.program_id(1)
     slot, start, first_row, queries, length, first_key = (plan[i, block] for i in range(6))
-    columns = jnp.arange(common.padded(shape[3]))
+    columns = jnp.arange(pools.width(shape[3], features.stored))
 
     def rows_from(start, first_row, queries):
         index = start + jnp.arange(config.rows)
@@ -167,9 +168,9 @@ def _kernel(refs, *, shape, group, features, mask, config):
             # What lies in no row's range may have no page, or hold NaN.
             loaded = (place >= lowest[0]) & (place < highest[1]) if masked else None
             rows = common.rows_of_step(pages, kv_head, i, config.keys, shape)
-            keys, values = common.load_pools(refs, rows, shape[3], loaded, q.dtype, features)
+            keys, values = pools.load(refs, rows, shape[3], loaded, q.dtype, features, whole=True)
             distance = place[None, :] - (length - queries + token)[:, None]
-            scores, factor = common.scores_of(q, keys, slopes, distance, features)
+            scores, factor = common.scores_of([q], keys, slopes, distance, features)
             if masked:
                 visible = place[None, :] < end[:, None]
                 if mask.has_begin:
@@ -178,7 +179,7 @@ def _kernel(refs, *, shape, group, features, mask, config):
             return pages_of(i + 1), common.softmax_step(state, scores, factor, values, features)
 
         masked, unmasked = functools.partial(step, masked=True), functools.partial(step, masked=False)
-        carry = pages_of(some), common.no_statistics(config.rows, shape[3])
+        carry = pages_of(some), common.no_statistics(config.rows, [columns])
         if mask.has_begin:
             carry = lax.fori_loop(some, full, masked, carry)
         carry = lax.fori_loop(full, full_end, unmasked, carry)
@@ -187,7 +188,8 @@ def _kernel(refs, *, shape, group, features, mask, config):
         # Volatile loads, so that these addresses are computed anew: kept through the loops they would spill.
         again = (pltriton.load(plan.at[jnp.int32(i), block], volatile=True) for i in (START, ROW, QUERIES))
         _, head, inside, tile, inside_tile = rows_from(*again)
-        out, lse = common.finished(state, common.load_of_heads(refs, "sinks", head, inside))
+        sinks = common.load_of_heads(refs, "sinks", head, inside)
+        out, lse = common.finished(state.highest, state.total, state.acc[0], sinks)
         lse = jnp.where(slot < refs["page_table"].shape[0], lse * common.LN2, -jnp.inf)
         pltriton.store(refs["out"].at[tile], out.astype(q.dtype), mask=inside_tile)
         pltriton.store(refs["lse"].at[tile[0][:, 0], head], lse, mask=inside)

@@ -5,11 +5,14 @@ pages at a time; slots with more are cut into blocks of queries, one loop iterat
 context, and nothing as large as the pool is ever made.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.ragged_paged_attention.quantized import LIFT
 
 KEYS_PER_STEP = 256  # keys gathered at once for each slot: large enough to hide the loop, small enough for the cache
 QUERIES_PER_BLOCK = 128
@@ -30,13 +33,21 @@ class _Context(NamedTuple):
     def keys_per_step(self):
         return self.step * self.pools[0].shape[2]
 
-    def read(self, pages, dtype):
-        """Keys and values of pages `[..., step]`, each `[..., K, step * p, H]`."""
+    @property
+    def lift(self):
+        """How far below the highest score weights are relative to; see `quantized.LIFT`."""
+        return math.log(2) * LIFT.get(self.pools[0].dtype, 0)
+
+    def read(self, pages, dtype, axes_of_rows):
+        """Keys and values of pages `[..., step]`: `[..., K, step * p, H]`, and scales to multiply scores with.
+
+        Those are `[..., K, 1, step * p]` with as many axes of 1 as the rows of scores have, or `None`.
+        """
         for pool, scales in zip(self.pools, self.scales, strict=True):
-            rows = _gather(pool, pages)
             if scales is not None:
-                rows = (rows.astype(jnp.float32) * _gather(scales[..., None], pages)).astype(dtype)
-            yield rows
+                scales = _gather(scales[..., None], pages)[..., 0]
+                scales = jnp.expand_dims(scales, range(-1 - axes_of_rows, -1))
+            yield _gather(pool, pages).astype(dtype), scales
 
 
 class _Scoring(NamedTuple):
@@ -47,8 +58,10 @@ class _Scoring(NamedTuple):
     slopes: jax.Array | None
     sinks: jax.Array | None
 
-    def scores(self, products, slopes, distance):
+    def scores(self, products, key_scales, slopes, distance):
         scores = products * self.scale
+        if key_scales is not None:
+            scores *= key_scales
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         return scores if slopes is None else scores + slopes * distance
@@ -123,15 +136,18 @@ def _softmax_start(shape, sinks):
     return jnp.broadcast_to(jnp.maximum(sinks, MASKED), shape[:-1]), jnp.ones(shape[:-1]), jnp.zeros(shape)
 
 
-def _softmax_step(carry, scores, visible, values, contract):
+def _softmax_step(carry, scores, visible, values, value_scales, lift, contract):
     """One step of the online softmax over a block of keys; statistics and sums in float32."""
     highest, total, acc = carry
     scores = jnp.where(visible, scores, MASKED)
-    new = jnp.maximum(highest, scores.max(-1))
+    new = jnp.maximum(highest, scores.max(-1) - lift)
     weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0)
     correction = jnp.exp(highest - new)
+    total = total * correction + weights.sum(-1)
+    if value_scales is not None:
+        weights = jnp.where(visible, weights * value_scales, 0)
     added = jnp.einsum(contract, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new, total * correction + weights.sum(-1), acc * correction[..., None] + added
+    return new, total, acc * correction[..., None] + added
 
 
 def _softmax_end(highest, total, acc):
@@ -153,11 +169,12 @@ def _decode(q, context, scoring, window):
         pages = lax.dynamic_slice_in_dim(context.table, index * context.step, context.step, axis=1)
         position = index * keys_per_step + jnp.arange(keys_per_step)
         visible = (position < kv_lens[:, None]) & (position >= first_key[:, None])
-        keys, values = context.read(pages, q.dtype)
+        (keys, key_scales), (values, value_scales) = context.read(pages, q.dtype, axes_of_rows=1)
         values = jnp.where(visible[:, None, :, None], values, 0)
         products = jnp.einsum("skgh,sknh->skgn", q, keys, preferred_element_type=jnp.float32)
-        scores = scoring.scores(products, slopes, (position - kv_lens[:, None] + 1)[:, None, None])
-        return _softmax_step(carry, scores, visible[:, None, None], values, "skgn,sknh->skgh")
+        scores = scoring.scores(products, key_scales, slopes, (position - kv_lens[:, None] + 1)[:, None, None])
+        visible = visible[:, None, None]
+        return _softmax_step(carry, scores, visible, values, value_scales, context.lift, "skgn,sknh->skgh")
 
     return _softmax_end(*lax.fori_loop(begin, end, body, _softmax_start(q.shape, scoring.sinks)))
 
@@ -197,11 +214,11 @@ def _prefill(q, cu_q_lens, q_lens, context, scoring, window, causal):
                 visible &= abs(distance) < window
             if context.kv_starts is not None:
                 visible &= key_position >= first
-            keys, values = context.read(pages, q.dtype)
+            (keys, key_scales), (values, value_scales) = context.read(pages, q.dtype, axes_of_rows=2)
             values = jnp.where(held[:, None], values, 0)
             products = jnp.einsum("kqgh,knh->kqgn", rows, keys, preferred_element_type=jnp.float32)
-            scores = scoring.scores(products, slopes, distance[:, None])
-            return _softmax_step(carry, scores, visible[:, None], values, "kqgn,knh->kqgh")
+            scores = scoring.scores(products, key_scales, slopes, distance[:, None])
+            return _softmax_step(carry, scores, visible[:, None], values, value_scales, context.lift, "kqgn,knh->kqgh")
 
         start = _softmax_start(rows.shape, sinks)
         attended = lax.fori_loop(first // keys_per_step, (end + keys_per_step - 1) // keys_per_step, body, start)

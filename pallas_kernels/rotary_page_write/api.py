@@ -78,7 +78,7 @@ def rotary_page_write(
     q_dtype = jnp.dtype(q_dtype or qkv.dtype)
     if q_dtype not in PLAIN:
         raise ValueError(f"q_dtype is {q_dtype}; it must be float32, bfloat16 or float16")
-    backend = dispatch.select(__name__, BACKENDS, implementation, qkv, key_pages)
+    backend = dispatch.select(__name__, BACKENDS, implementation, qkv, key_pages, cos, interleaved)
     with jax.named_scope("rotary_page_write"):
         written = backend.rotary_page_write(
             qkv,

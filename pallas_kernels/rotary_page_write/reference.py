@@ -32,13 +32,39 @@ def largest(dtype):
     return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
 
 
-def quantize(x, dtype):
-    """Codes and scales, symmetric by token and head: `x` is about `codes * scales[..., None]`.
+def reciprocal(x, approximation=None):
+    """`1 / x` of positive normal numbers, correctly rounded on every device.
 
-    In products with reciprocals, which no compiler rearranges, so that every backend gives the same bytes.
+    Compilers for GPUs take approximations for it, each its own, that are wrong in the last bit or two.
+    """
+    significand, found = bits(x) & 0x7FFFFF | 0x800000, bits(1 / x if approximation is None else approximation)
+    for _ in range(3):
+        # What the product of both significands lacks to a power of two: that power is a multiple of 2 ** 32, and what
+        # is lacking is less than 2 ** 31, so nothing is lost in integers that wrap around.
+        rest = -(significand * (found & 0x7FFFFF | 0x800000))
+        found += jnp.where(2 * rest > significand, 1, 0) - jnp.where(2 * rest < -significand, 1, 0)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def bits(x):
+    """The bits of a float32."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def quantize(x, dtype):
+    """Codes and scales, symmetric by row: `x` is about `codes * scales[..., None]`.
+
+    In products with exact reciprocals, which no compiler rearranges, so that every backend gives the same bytes.
+
+    Args:
+      x: float32, any number of rows of `H`.
+      dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+      Codes of the shape of `x`, rounded half to even, and float32 scales without its last axis, never 0.
     """
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) * (1 / largest(dtype)), TINY)
-    codes = x * (1 / scales)[..., None]
+    codes = x * reciprocal(scales)[..., None]
     return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scales
 
 

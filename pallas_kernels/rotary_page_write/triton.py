@@ -14,25 +14,38 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.compat import pl, pltriton, triton_call
-from pallas_kernels.rotary_page_write.reference import TINY, largest
+from pallas_kernels.rotary_page_write.reference import TINY, bits, largest, reciprocal
 
 OP = "rotary_page_write"
 GIB = 2**30
 PROGRAMS_PER_CORE = 4  # below this, smaller blocks: a decode step is bound by latency
+BYTES = 4  # of a word
 TILE = 2048  # elements a program at most: 16 a thread of 4 warps, in loads of 16 bytes
 
 
-def refusals(qkv, key_pages, gpu):
+def refusals(qkv, key_pages, cos, interleaved, gpu):
     """Why the kernel can not run."""
     reasons = dispatch.triton_refusals(gpu)
     if not qkv.shape[-3]:
         reasons.append("there are no tokens, and Triton can not launch an empty grid")
-    if key_pages.dtype.itemsize == 1 and 2 * GIB < key_pages.size <= 4 * GIB:
+    pieces = _pieces(qkv.shape[-1], 0 if cos is None else cos.shape[1], interleaved)
+    if _needs_words(key_pages) and any(start % BYTES or count % BYTES for start, count in pieces):
         reasons.append(
-            f"a pool of {key_pages.size / GIB:.2f} GiB in {key_pages.dtype} overflows Triton's 32-bit offsets; "
-            "make each pool at most 2 GiB or more than 4 GiB"
+            f"a pool of {key_pages.size / GIB:.2f} GiB in {key_pages.dtype} is written in words of {BYTES} numbers, and"
+            f" rotation cuts the heads of {qkv.shape[-1]} elsewhere; make it at most 2 GiB or more than 4 GiB"
         )
     return reasons
+
+
+def _needs_words(pool):
+    """Whether offsets of bytes would overflow: Pallas counts them in 32 bits with a sign, up to 4 GiB."""
+    return pool.dtype.itemsize == 1 and 2 * GIB < pool.size <= 4 * GIB
+
+
+def _pieces(head_dim, half, interleaved):
+    """What a row is loaded and stored in: where each piece begins, and its number of columns."""
+    pieces = [(0, 2 * half)] if interleaved else [(0, half), (half, half)]
+    return [piece for piece in [*pieces, (2 * half, head_dim - 2 * half)] if piece[1]]
 
 
 def block_sizes(tokens, heads, kv_heads, head_dim, gpu):
@@ -94,11 +107,15 @@ def rotary_page_write(
         "value_scales": value_scales,
     }
     inputs, pools = ({name: x for name, x in some.items() if x is not None} for some in (inputs, pools))
+    stored = key_pages.dtype
+    if _needs_words(key_pages):
+        pools |= {name: _as_words(pools[name]) for name in ("key_pages", "value_pages")}
     out_shape = [jax.ShapeDtypeStruct((tokens, heads, head_dim), q_dtype)]
     out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools.values()]
     q, *pools_out = triton_call(
         functools.partial(
             _kernel,
+            stored=stored,
             names=(*inputs, *(f"old_{name}" for name in pools), "q", *pools),
             heads_per_block=heads_per_block,
             tokens_per_block=tokens_per_block,
@@ -116,10 +133,17 @@ def rotary_page_write(
         input_output_aliases={len(inputs) + i: 1 + i for i in range(len(pools))},
     )
     written = dict(zip(pools, pools_out, strict=True))
+    for name in ("key_pages", "value_pages"):
+        if written[name].dtype != stored:
+            written[name] = jax.lax.bitcast_convert_type(written[name], stored).reshape(key_pages.shape)
     return q, *(written.get(name) for name in ("key_pages", "value_pages", "key_scales", "value_scales"))
 
 
-def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, norm_eps, norm_offset):
+def _as_words(pool):
+    return jax.lax.bitcast_convert_type(pool.reshape(*pool.shape[:-1], -1, BYTES), jnp.int32)
+
+
+def _kernel(*all_refs, stored, names, heads_per_block, tokens_per_block, interleaved, norm_eps, norm_offset):
     refs = dict(zip(names, all_refs, strict=True))
     *parts, tokens, _, head_dim = refs["qkv"].shape
     num_pages, kv_heads, _, _ = refs["key_pages"].shape
@@ -149,8 +173,7 @@ def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, no
 
     def load_row(weight, half):
         """The rows in float32, normalized and rotated: tiles, and where each begins and ends as (start, count)."""
-        pieces = [(0, 2 * half)] if interleaved else [(0, half), (half, half)]
-        pieces = [piece for piece in [*pieces, (2 * half, head_dim - 2 * half)] if piece[1]]
+        pieces = _pieces(head_dim, half, interleaved)
         at = [columns(piece, is_token) for piece in pieces]
         tiles = [load_qkv(*each) for each in at]
         if weight is not None:
@@ -178,10 +201,13 @@ def _kernel(*all_refs, names, heads_per_block, tokens_per_block, interleaved, no
         if scales is not None:
             pieces, tiles = zip(*row, strict=True)
             highest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(tile), axis=1) for tile in tiles])
-            scale = jnp.maximum(highest * (1 / largest(pool.dtype)), TINY)
+            scale = jnp.maximum(highest * (1 / largest(stored)), TINY)
             pltriton.store(scales.at[page, head - begin, offset], scale, mask=is_real)
-            row = zip(pieces, [_encode(tile * (1 / scale)[:, None], pool.dtype) for tile in tiles], strict=True)
+            factor = reciprocal(scale)[:, None]
+            row = zip(pieces, [_encode(tile * factor, stored) for tile in tiles], strict=True)
         for piece, tile in row:
+            if pool.dtype != stored:
+                piece, tile = [size // BYTES for size in piece], _words(tile)
             cols, mask = columns(piece, is_real)
             at = pool.at[page[:, None], (head - begin)[:, None], offset[:, None], cols]
             pltriton.store(at, tile.astype(pool.dtype), mask=mask)
@@ -212,6 +238,15 @@ def _zip(even, odd):
     return jnp.concatenate([even[..., None], odd[..., None]], axis=-1).reshape(even.shape[0], -1)
 
 
+def _words(tile):
+    """Four columns of bytes a word, the first one lowest."""
+    words = jax.lax.bitcast_convert_type(tile, jnp.int8).astype(jnp.int32) & 0xFF
+    for shift in (8, 16):
+        even, odd = _unzip(words)
+        words = even | odd << shift
+    return words
+
+
 def _encode(x, dtype):
     """Float32 to a type of one byte, rounded half to even by integer arithmetic: GPUs before 8.9 can not cast to fp8.
 
@@ -224,12 +259,12 @@ def _encode(x, dtype):
     info = jnp.finfo(dtype)
     dropped = 23 - info.nmant
     # Normal numbers: round at the last bit that is kept (a carry may run into the exponent), then change the bias.
-    bits = _bits(magnitude)
-    odd = (bits >> dropped) & 1
-    normal = ((bits + (1 << (dropped - 1)) - 1 + odd) >> dropped) - ((126 + info.minexp) << info.nmant)
+    pattern = bits(magnitude)
+    odd = (pattern >> dropped) & 1
+    normal = ((pattern + (1 << (dropped - 1)) - 1 + odd) >> dropped) - ((126 + info.minexp) << info.nmant)
     subnormal = _multiple(magnitude, float(info.smallest_subnormal))
     code = jnp.where(magnitude < float(info.smallest_normal), subnormal, normal)
-    sign = jnp.where(_bits(x) < 0, 0x80, 0)
+    sign = jnp.where(bits(x) < 0, 0x80, 0)
     return jax.lax.bitcast_convert_type((code | sign).astype(jnp.int8), dtype)
 
 
@@ -240,8 +275,4 @@ def _multiple(magnitude, step):
     `abs(a * b)`, a compiler could fuse the sum with the product, which rounds ties by bits that the product lost.
     """
     anchor = np.float32(2.0**23 * step)
-    return _bits(magnitude + float(anchor)) - int(anchor.view(np.int32))
-
-
-def _bits(x):
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits(magnitude + float(anchor)) - int(anchor.view(np.int32))

@@ -28,6 +28,7 @@ def leaf_of_blocks(shape: Shape, scheme: Scheme, pieces: Iterable[np.ndarray]) -
       pieces: the blocks as llama.cpp lays them out, as bytes, in order and some at a time.
     """
     *rows, columns = shape
+    assert scheme.group_size is not None
     nbytes = GGML_QUANT_SIZES[KINDS[scheme.name]][1]
     floats = 2 if scheme.has_minimum else 1
     number = np.dtype(np.int8 if scheme.bits == 8 else np.uint8)

@@ -20,9 +20,19 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import CheckpointError
-from policies.base import Shape
+from policies.ops import Shape
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# What quantized weights are made from besides.
+DTYPES = FLOATS | {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 
 _ALIGNMENT = 64  # what XLA asks of a CPU buffer that it takes over
 _OWN_PAGES = 2**20  # bytes of an array that is not left to malloc
@@ -103,7 +113,7 @@ class FileTensor:
     @property
     def nbytes(self) -> int:
         """Its size, of a dtype that is read."""
-        return math.prod(self.shape) * FLOATS[self.kind].itemsize
+        return math.prod(self.shape) * DTYPES[self.kind].itemsize
 
     def read(self, out: np.ndarray | None = None) -> np.ndarray:
         """The tensor in memory of its own, in the dtype of the file.
@@ -115,7 +125,7 @@ class FileTensor:
           CheckpointError: the file is missing, or was changed or damaged since its header was read.
         """
         if out is None:
-            out = aligned_empty(self.shape, FLOATS[self.kind])
+            out = aligned_empty(self.shape, DTYPES[self.kind])
         with _opened(self.path, self.file_size) as descriptor:
             self._read_into(descriptor, out)
         return out
@@ -124,7 +134,7 @@ class FileTensor:
         if self.strides is not None:
             span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
             # Mapped while it is copied: what lies between the elements may be larger than the tensor.
-            mapped = np.memmap(self.path, FLOATS[self.kind], "r", self.offset, (span,))
+            mapped = np.memmap(self.path, DTYPES[self.kind], "r", self.offset, (span,))
             strides = [stride * mapped.itemsize for stride in self.strides]
             np.copyto(out, np.lib.stride_tricks.as_strided(mapped, self.shape, strides, writeable=False))
         elif not out.flags.c_contiguous:  # columns of a larger matrix

@@ -10,8 +10,12 @@ import numpy as np
 
 from dsjax.config import ModelConfig
 from dsjax.errors import CheckpointError, ConfigError
+from dsjax.quantization import QuantizedArray
 from policies import registry
 from policies.base import Shape, WeightMap
+from policies.ops import Turned
+from policies.quantized import Assembled, assemble
+from policies.quantized.format import QuantizedTensor
 from policies.sources import towers
 from policies.sources.files import FileTensor, check_kind, read_json
 from policies.sources.safetensors import read_header
@@ -116,18 +120,27 @@ class HfFolder:
     @property
     def weights(self) -> WeightMap:
         """The map from this family's tensor names to leaves."""
-        return registry.get(self.config.model_type).weights
+        return registry.get(self.config.model_type).weights.without(self._assembled.spare)
 
-    @functools.cached_property
-    def tensors(self) -> dict[str, FileTensor]:
-        """Every tensor of the model by name.
+    @property
+    def tensors(self) -> dict[str, FileTensor | QuantizedTensor]:
+        """Every tensor of the model by name; a quantized weight is one.
 
         Raises:
-          ConfigError: the model has several towers, and which is not said.
+          ConfigError: the model has several towers, and which is not said; or it is quantized in a way that is not
+            read.
           CheckpointError: a file is missing, truncated or damaged, lacks a tensor that the index promises, or holds one
             that another file holds too.
         """
-        return towers.tensors_of(self._raw, self._tower, self._stored_tensors())
+        return self._assembled.tensors
+
+    @functools.cached_property
+    def _assembled(self) -> Assembled:
+        tensors = towers.tensors_of(self._raw, self._tower, self._stored_tensors())
+        try:
+            return assemble(tensors, self._raw.get("quantization_config"))
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"{self.origin}: {error}") from error
 
     def _stored_tensors(self) -> dict[str, FileTensor]:
         if self.file is not None:
@@ -178,17 +191,18 @@ class HfFolder:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def stored(self, name: str) -> tuple[str, int]:
-        """The dtype of one tensor as safetensors spells it, and its size in bytes.
+        """The dtype of one tensor as safetensors spells it, of a quantized one its scheme, and its size in bytes.
 
         Raises:
           CheckpointError: the dtype is not read; it is named.
         """
         tensor = self.tensors[name]
-        check_kind(tensor.kind, f"{tensor.path}: tensor '{name}'")
+        if isinstance(tensor, FileTensor):
+            check_kind(tensor.kind, f"{tensor.path}: tensor '{name}'")
         return tensor.kind, tensor.nbytes
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in memory of its own, in float32, float16 or bfloat16 as stored.
+    def read(self, name: str) -> np.ndarray | QuantizedArray | Turned:
+        """One tensor in memory of its own: float32, float16 or bfloat16 as stored, or a quantized leaf of such arrays.
 
         Raises:
           CheckpointError: the file is missing or was damaged since its header was read.

@@ -80,7 +80,6 @@ def test_running_and_waiting(engine, rng):
         seen.append(engine.stats())
     assert max(figures["running"] for figures in seen) == 4
     assert max(figures["live_requests"] for figures in seen) == 8
-    assert all(figures["pages_used"] >= 3 * figures["running"] for figures in seen)
     assert max(figures["pages_used"] for figures in seen) == 40
     busy = [figures for figures in seen if figures["calls"] and figures["live_requests"] == 8]
     assert all(figures["running"] + figures["waiting"] == 11 - figures["finished"] for figures in busy[1:])

@@ -113,7 +113,7 @@ def test_chunks_through_the_cache_equal_the_whole_text(config, rng):
     expected = latent_dense(x, module, config, config.layer(0), rope.phases(jnp.arange(14), config), None)[0]
     cache = dsjax.KVPages.zeros(config, 6, 4, jnp.float32)
     assert cache.values == () and cache.keys[0].shape == (6, 1, 4, 12 + 8)
-    pages, table = cache.layers()[0], jnp.array([[4, 1, 5, 2]], jnp.int32)
+    pages, table = cache.buffers()[0], jnp.array([[4, 1, 5, 2]], jnp.int32)
 
     @jax.jit
     def step(rows, pages, start, count):

@@ -12,7 +12,7 @@ from dsjax.config import Experts, ModelConfig
 from dsjax.layers import moe as module
 from dsjax.layers.moe import moe
 from dsjax.quantization import SCHEMES, QuantizedArray
-from pallas_kernels.targets import compile_for, large_copies, memory
+from pallas_kernels.targets import compile_for, entry_instructions, large_copies, memory
 
 CONFIG = ModelConfig(
     model_type="mixtral",
@@ -166,6 +166,7 @@ def test_equals_the_loop(tokens, changes, fused, rng):
     np.testing.assert_allclose(out, expected(x, weights, config)[0], atol=1e-5)
 
 
+route = jax.jit(module.route, static_argnums=(2, 3))
 GROUPS = {"count": 12, "per_token": 3, "groups": 4, "groups_per_token": 2}
 ROUTINGS = {
     "sigmoid": {"score": "sigmoid"},
@@ -180,15 +181,17 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_routing(name, rng):
+@pytest.mark.parametrize(
+    ("name", "implementation"), [(name, "xla") for name in ROUTINGS] + [("bias", "triton"), ("deepseek-v3", "triton")]
+)
+def test_routing(name, implementation, rng):
     """Each way to choose experts, and that it is not what a softmax of the logits alone would choose."""
     config, plain = (
         with_experts(**{key: value for key, value in ROUTINGS[name].items() if key in kept})
         for kept in (ROUTINGS[name], ("count", "per_token"))
     )
     weights, x = weights_of(config, rng), jnp.asarray(rng.normal(size=(50, 32)), jnp.float32)
-    share, chosen = module.route(x, weights["router"], config.experts)
+    share, chosen = route(x, weights["router"], config.experts, implementation)
     router = {kind: np.asarray(leaf, np.float64) for kind, leaf in weights["router"].items()}
     for logits, weight, best in zip(
         np.asarray(x, np.float64) @ router["weight"].T + router.get("bias", 0), share, chosen, strict=True
@@ -196,7 +199,7 @@ def test_routing(name, rng):
         right, values = chosen_by(logits, config.experts, router.get("correction", 0))
         assert best.tolist() == right
         np.testing.assert_allclose(weight, values, rtol=1e-4)
-    other, others = module.route(x, weights["router"], plain.experts)
+    other, others = route(x, weights["router"], plain.experts, "xla")
     assert (others != chosen).any() or jnp.abs(other - share).max() > 0.01
 
 
@@ -216,6 +219,26 @@ def test_biases_and_the_shared_network(changes, options, fused, rng):
     weights, x = weights_of(config, rng, fused), 3 * rng.normal(size=(21, 32)).astype(np.float32)
     reference = expected(x, weights, config)[0]
     np.testing.assert_allclose(run(x, weights, config), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "fused"),
+    [
+        ({"count": 5, "per_token": 3}, {}, True),
+        ({"bias": True}, {"activation": "clamped_swiglu"}, False),
+        ({"shared_size": 40, "shared_mix": "gate", "scale": 2.0}, {}, True),
+    ],
+)
+def test_kernels(changes, options, fused, rng):
+    """Outputs in parts, one for each expert of a token; with a shared network, their sum."""
+    config = dataclasses.replace(with_experts(**changes), **options)
+    weights, x = weights_of(config, rng, fused), 3 * rng.normal(size=(2, 5, 32)).astype(np.float32)
+    out = jax.jit(functools.partial(moe, config=config, implementation="triton"))(x, weights)
+    if "shared" not in weights:
+        assert out.shape == (config.experts.per_token, *x.shape)
+        out = out.sum(axis=0)
+    reference = expected(x.reshape(-1, 32), weights, config)[0]
+    np.testing.assert_allclose(out.reshape(-1, 32), reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("form")
@@ -279,6 +302,13 @@ def test_quantized_experts_run_as_what_they_stand_for(rng):
     plain = {name: {"weight": leaf["weight"].dequantize()} for name, leaf in packed.items()}
     out, reference = (run(x, weights | {"experts": experts}, CONFIG) for experts in (packed, plain))
     np.testing.assert_allclose(out, reference, atol=1e-5)
+    if module._grouped is not FORMS["grouped"]:
+        return
+    x, tiles = jnp.asarray(x, jnp.bfloat16), {name: {"weight": leaf["weight"].tiled()} for name, leaf in packed.items()}
+    parts = jax.jit(functools.partial(moe, config=CONFIG, implementation="triton"))(x, weights | {"experts": tiles})
+    assert parts.shape == (2, *x.shape) and parts.dtype == jnp.float32, "those of the kernels"
+    reference = run(x.astype(jnp.float32), weights | {"experts": plain}, CONFIG)
+    np.testing.assert_allclose(parts.sum(axis=0), reference, atol=0.02 * np.abs(reference).max())
 
 
 @pytest.mark.usefixtures("gpu_compiler")
@@ -297,9 +327,8 @@ def test_a_decode_step_reads_each_expert_once():
     assert "while" not in compiled.as_text()
 
 
-@pytest.mark.usefixtures("gpu_compiler")
-def test_one_token_reads_its_experts_alone():
-    """Qwen3-30B-A3B for an H200: 8 of 128 experts a token, and not the others."""
+def compiled_qwen3(tokens, implementation):
+    """A layer of experts of Qwen3-30B-A3B for an H200."""
     config = dataclasses.replace(with_experts(count=128, per_token=8, size=768), hidden_size=2048)
     shapes = {"gate_up": (128, 2 * 768, 2048), "down": (128, 2048, 768)}
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -307,7 +336,24 @@ def test_one_token_reads_its_experts_alone():
         "router": {"weight": bf16((128, 2048))},
         "experts": {name: {"weight": bf16(shape)} for name, shape in shapes.items()},
     }
-    compiled = compile_for(functools.partial(moe, config=config), bf16((1, 2048)), weights, target="h200")
+    run = functools.partial(moe, config=config, implementation=implementation)
+    return compile_for(run, bf16((tokens, 2048)), weights, target="h200")
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+def test_one_token_reads_its_experts_alone():
+    """8 of 128 experts a token, and not the others."""
+    compiled = compiled_qwen3(1, "xla")
     one = 3 * 768 * 2048 * 2
     assert memory(compiled).temporaries < 9 * one
     assert "while" not in compiled.as_text()
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+def test_launches_of_kernels():
+    """The router, the choice, the plan and two products; next to no memory."""
+    compiled = compiled_qwen3(32, None)
+    launched = [each.opcode for each in entry_instructions(compiled)]
+    assert set(launched) <= {"parameter", "bitcast", "get-tuple-element", "custom-call"}
+    assert launched.count("custom-call") == 5
+    assert memory(compiled).temporaries < 1e6

@@ -256,7 +256,7 @@ def test_a_window_is_what_transformers_masks(config_class, more):
         ({"num_key_value_heads": 3}, "num_key_value|num_kv_heads=3 does not divide"),
         ({"head_dim": 7}, "7 of head_dim=7 are rotated; rotary embedding needs pairs"),
         ({"eos_token_id": "</s>"}, "token ids must be non-negative integers, got '</s>'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method=gptq.*not read yet"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method=aqlm is not supported; these are: gptq,"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding window must be at least 1"),
         ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads is missing"),
         ({"model_type": "qwen2", "use_mrope": True}, "use_mrope=True is not supported"),

@@ -125,7 +125,11 @@ V3, LITE, PHI = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V2-Lite", "micr
         (V3, {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
         (V3, {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
         (V3, {"topk_group": 9}, "groups_per_token=9 must be from 1"),
-        (V3, {"quantization_config": {"quant_method": "fp8"}}, "quant_method=fp8"),
+        (
+            V3,
+            {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+            "quant_method=fp8: fmt='e5m2' is not read",
+        ),
         (LITE, {"topk_method": "random"}, "topk_method='random' is not supported; 'greedy' and 'group_limited_greedy'"),
         (LITE, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
         (LITE, {"topk_method": "group_limited_greedy", "n_group": None}, "config field n_group is missing"),

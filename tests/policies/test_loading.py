@@ -52,7 +52,7 @@ def test_quantize(write_gguf, gguf_parts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int4"}, "quantize='int4' is not supported; None .* 'none' .* and 'q4_0', 'q4_1', 'q8_0' are"),
+        ({"quantize": "int3"}, "quantize='int3' is not supported; None .* 'none' .* and 'q4_0', .*'int4', .* are"),
         ({"dtype": "int8"}, "dtype=int8 is not supported; supported are: float32, bfloat16, float16"),
         ({"dtype": "float99"}, "dtype='float99' is not a dtype"),
     ],

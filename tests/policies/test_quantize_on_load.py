@@ -8,9 +8,12 @@ import pytest
 import torch
 import transformers
 
+import dsjax
 import policies
+from dsjax.errors import ConfigError, ParameterError
 from dsjax.params import flatten
 from dsjax.quantization import QuantizedArray
+from policies import quantizing
 from policies.sources import blocks
 
 KINDS = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
@@ -62,3 +65,29 @@ def test_a_quantized_file_in_another_scheme(write_gguf, gguf_parts):
     whole = np.asarray(kept[name].dequantize())
     expected = gguf.dequantize(gguf.quantize(whole, KINDS["q8_0"]), KINDS["q8_0"])
     np.testing.assert_allclose(again[name].dequantize(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", ["int4", {"embed": None, "mlp": "fp8", "layers.0.attention.*": "int8_asym"}])
+def test_recipes_are_those_of_quantize(save_hf, monkeypatch, recipe):
+    """In pieces of some rows as in one."""
+    monkeypatch.setattr(quantizing, "_PIECE", 700)
+    folder, _ = save_hf("qwen2", dtype=torch.bfloat16)
+    expected = flatten(dsjax.quantize(policies.load(folder, dtype="bfloat16"), recipe))
+    found = flatten(policies.load(folder, dtype="bfloat16", quantize=recipe))
+    assert sum(isinstance(leaf, QuantizedArray) for leaf in found.values()) > 3
+    for path, leaf in found.items():
+        assert jax.tree.structure(leaf) == jax.tree.structure(expected[path]), path
+        jax.tree.map(np.testing.assert_array_equal, leaf, expected[path])
+
+
+def test_wrong_recipes_are_refused_before_reading(save_hf):
+    folder, _ = save_hf("qwen2", dtype=torch.bfloat16)
+    next(folder.glob("*.safetensors")).write_bytes(b"never looked at")
+    for recipe, message in (
+        ({"atention": "int4"}, "pattern 'atention' of the recipe matches no leaf; there are: .*attention"),
+        ({"norm": "int8"}, "asks for 'int8' for leaf .*norm.*which is no matrix"),
+        ("int4_g128", "groups of 128, which does not divide rows of .*; these would: .*int4"),
+        ("int5", "quantize='int5' is not supported"),
+    ):
+        with pytest.raises((ConfigError, ParameterError), match=message):
+            policies.load(folder, quantize=recipe)

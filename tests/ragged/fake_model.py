@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.ragged.groups import PageGroups, pages_for
 from dsjax.ragged.page_table import PageTable
 from dsjax.ragged.pages import KVPages
 from dsjax.ragged.prefix import Prefixes
-from dsjax.ragged.schedule import admit, advance, has_prompts, pages_for, plan, unfinished
+from dsjax.ragged.schedule import admit, advance, has_prompts, plan, unfinished
 from dsjax.ragged.state import FREE, HELD, Counters, Finish, Outputs, Queue, Sampling, Slots, State
 
 PROMPTS, LONGEST, NEW = 6, 24, 10
@@ -37,10 +38,16 @@ class Sizes(NamedTuple):
     caching: bool = False
     buckets: int | None = None  # of the index, else as many as it has
     split_fuse: bool = True
+    groups: int = 1  # of layers; all but the last see everything
 
     @property
     def columns(self):
         return pages_for(LONGEST + NEW, self.page_size)
+
+    def page_groups(self, window):
+        """Groups of which the last has a window, which may be traced."""
+        most = None if window is None else pages_for(window - 1 + self.token_budget, self.page_size) + 1
+        return PageGroups((None,) * (self.groups - 1) + (window,), (None,) * (self.groups - 1) + (most,))
 
 
 def make_queue(lengths, limits, samples, seed, texts=None, salts=None):
@@ -69,16 +76,18 @@ def make_state(queue, sizes, held=0):
     (slots, pages, page_size), sequences = sizes[:3], queue.prompt.shape[0]
     pool = np.full((pages, 1, page_size, 3), -1)
     pool[:held] = HELD_MARK
-    table = PageTable.empty(slots, sizes.columns, pages, sizes.caching)
+    table = PageTable.empty(slots, sizes.columns, pages, sizes.caching, sizes.groups)
     sequence, context = np.full(slots, FREE), np.zeros(slots)
     if held:
         rows = np.array(table.table)
-        rows[-1, :held] = np.arange(held)
-        sequence[-1], context[-1] = HELD, held * page_size - 1
+        assert held % sizes.groups == 0
+        for group, pages_of in enumerate(np.split(np.arange(held), sizes.groups)):
+            rows[-1, group * sizes.columns :][: len(pages_of)] = pages_of
+        sequence[-1], context[-1] = HELD, held // sizes.groups * page_size - 1
         table = dataclasses.replace(
             table,
             table=jnp.asarray(rows),
-            num_pages=table.num_pages.at[-1].set(held),
+            num_pages=table.num_pages.at[-1].set(held // sizes.groups),
             ref_counts=table.ref_counts.at[:held].set(1),
         )
     state = State(
@@ -136,7 +145,7 @@ def known_rows(queue, state):
     """What the pages of each slot should hold at every place, `[S, M * p, 3]`."""
     sequence = jnp.maximum(state.slots.sequence, 0)
     text = known_text(queue, state, sequence)
-    text = jnp.pad(text, ((0, 0), (0, state.table.table.shape[1] * state.pages.page_size - text.shape[1])))
+    text = jnp.pad(text, ((0, 0), (0, state.table.columns * state.pages.page_size - text.shape[1])))
     place = jnp.arange(text.shape[1])
     salt = queue.salt[queue.prompt[sequence]].astype(jnp.int32)
     digest = jnp.cumsum((text + 1) * (place * 48271 + 11), axis=1, dtype=jnp.int32) + salt[:, None]
@@ -148,20 +157,25 @@ def paged_rows(pages, table):
     return pages.keys[0][:, 0].at[table].get(mode="fill", fill_value=-1).reshape(table.shape[0], -1, 3)
 
 
-def violations(queue, state, window):
+def violations(queue, state, groups):
     """The invariants of the architecture; a row of booleans, true where one is broken."""
-    (slots, columns), total, page_size = state.table.table.shape, state.pages.num_pages, state.pages.page_size
+    slots, columns = state.table.table.shape[0], state.table.columns
+    total, page_size = state.pages.num_pages, state.pages.page_size
     table, num_pages, context = state.table.table, state.table.num_pages, state.slots.context
-    column = jnp.arange(columns)
     active, is_free = state.slots.sequence >= 0, state.slots.sequence == FREE
-    first_seen = jnp.maximum(context - (EVERYTHING if window is None else window) + 1, 0)
-    owned = (column < num_pages[:, None]) & ~(active[:, None] & ((column + 1) * page_size <= first_seen[:, None]))
     named = jnp.zeros(total, jnp.int32).at[table].add(1, mode="drop")
-    in_order = jnp.sort(jnp.where(owned, table, total + column), axis=1)
     running = jnp.sort(jnp.where(active, state.slots.sequence, -1 - jnp.arange(slots)))
-    rows = paged_rows(state.pages, table)
-    place = jnp.arange(rows.shape[1])
-    seen = active[:, None] & (place < context[:, None]) & (place >= first_seen[:, None])
+    owned, wrong = [], False
+    for window, row in zip(groups.windows, jnp.split(table, groups.count, axis=1), strict=True):
+        first_seen = jnp.maximum(context - (EVERYTHING if window is None else window) + 1, 0)
+        behind = active[:, None] & ((jnp.arange(columns) + 1) * page_size <= first_seen[:, None])
+        owned.append((jnp.arange(columns) < num_pages[:, None]) & ~behind)
+        rows = paged_rows(state.pages, row)
+        place = jnp.arange(rows.shape[1])
+        seen = active[:, None] & (place < context[:, None]) & (place >= first_seen[:, None])
+        wrong |= jnp.any(seen[..., None] & (rows != known_rows(queue, state)))
+    owned = jnp.concatenate(owned, axis=1)
+    in_order = jnp.sort(jnp.where(owned, table, total + jnp.arange(table.shape[1])), axis=1)
     held_rows = jnp.where(owned, table, total)[state.slots.sequence.argmin()]
     untouched = jnp.all(state.pages.keys[0].at[held_rows].get(mode="fill", fill_value=HELD_MARK) == HELD_MARK)
     broken = [
@@ -171,7 +185,7 @@ def violations(queue, state, window):
         jnp.any(is_free & ((num_pages > 0) | (context > 0))),
         jnp.any(context > num_pages * page_size),
         jnp.any(running[1:] == running[:-1]),
-        jnp.any(seen[..., None] & (rows != known_rows(queue, state))),
+        wrong,
         jnp.any(state.slots.sequence == HELD) & ~untouched,
     ]
     if state.prefixes is None:
@@ -193,77 +207,83 @@ VIOLATIONS = (
     "pages hold the text of their sequence",
     "pages of others are not touched",
     "pages with one key hold the same text",
-    "every step computes something, within its budget",
+    "every step computes or preempts something, within its budget",
     "without cutting, prompts are read whole and alone",
 )
 
 
-def fake_step(queue, state, num_tokens, max_q_len=None, window=None, split_fuse=True):
+def fake_step(queue, state, num_tokens, max_q_len=None, groups=None, split_fuse=True):
     """A step with the stand-in; also whether it broke the last two invariants."""
+    groups = groups or PageGroups()
     pending = jnp.where(state.slots.sequence >= 0, state.outputs.lengths[state.slots.sequence], 0)
     pending += queue.lengths[queue.prompt[state.slots.sequence]] - state.slots.context
+    preemptions = state.counters.preemptions
     state, batch = plan(queue, state, num_tokens, max_q_len, split_fuse=split_fuse)
-    page_size = state.pages.page_size
-    page = batch.page_table.at[batch.slot_of_token, batch.positions // page_size].get(
-        mode="fill", fill_value=state.pages.num_pages
-    )
+    page_size, pages = state.pages.page_size, state.pages
     digest = known_rows(queue, state)[..., 2].at[batch.slot_of_token, batch.positions].get(mode="clip")
     rows = jnp.stack([batch.tokens, batch.positions, digest], -1)
-    pages = KVPages((state.pages.keys[0].at[page, 0, batch.positions % page_size].set(rows, mode="drop"),), ())
-    tokens = paged_rows(pages, batch.page_table)[..., 0]
-    place = jnp.arange(tokens.shape[1])
-    visible = place < batch.kv_lens[:, None]
-    if window is not None:
-        visible &= place >= batch.kv_lens[:, None] - window
+    seen = 0
+    for group, window in enumerate(groups.windows):
+        table = jnp.split(batch.page_table, groups.count, axis=1)[group]
+        page = table.at[batch.slot_of_token, batch.positions // page_size].get(mode="fill", fill_value=pages.num_pages)
+        pages = KVPages((pages.keys[0].at[page, 0, batch.positions % page_size].set(rows, mode="drop"),), ())
+        tokens = paged_rows(pages, table)[..., 0]
+        place = jnp.arange(tokens.shape[1])
+        visible = place < batch.kv_lens[:, None]
+        if window is not None:
+            visible &= place >= batch.kv_lens[:, None] - window
+        seen += (group + 1) * jnp.sum(jnp.where(visible, tokens * (place + 3), 0), 1)
     sample = queue.sample[jnp.maximum(state.slots.sequence, 0)]
-    token = (jnp.sum(jnp.where(visible, tokens * (place + 3), 0), 1) + 7 * sample) % 23
+    token = (seen + 7 * sample) % 23
     q_lens = jnp.diff(batch.cu_q_lens)
     computed = batch.cu_q_lens[-1]
     cut = jnp.any(q_lens > 1) & jnp.any((q_lens > 0) & ((q_lens != pending) | (q_lens == 1)))
-    state, _ = advance(queue, state, batch, pages, token, jnp.zeros(token.shape), window=window)
-    return state, jnp.stack([(computed == 0) | (computed > num_tokens), cut & (not split_fuse)])
+    idle = (computed == 0) & (state.counters.preemptions == preemptions)
+    state, _ = advance(queue, state, batch, pages, token, jnp.zeros(token.shape), groups=groups)
+    return state, jnp.stack([idle | (computed > num_tokens), cut & (not split_fuse)])
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
 def run_trace(queue, state, window, sizes):
     """Run to the end (or 2,000 steps, which no trace needs); the final state and the invariants broken on the way."""
+    groups = sizes.page_groups(window)
 
     def step(num_tokens, max_q_len):
-        return lambda state: fake_step(queue, state, num_tokens, max_q_len, window, sizes.split_fuse)
+        return lambda state: fake_step(queue, state, num_tokens, max_q_len, groups, sizes.split_fuse)
 
     def body(carry):
         state, broken, count = carry
         reads = has_prompts(queue, state)
         state, of_step = jax.lax.cond(reads, step(sizes.token_budget, None), step(sizes.slots, 1), state)
         of_step &= jnp.array([sizes.steps_per_sync == 1, True])  # slots that ended wait for the next look at the queue
-        broken |= jnp.concatenate([violations(queue, state, window), of_step])
+        broken |= jnp.concatenate([violations(queue, state, groups), of_step])
         look = count % sizes.steps_per_sync == 0
-        state = jax.lax.cond(look, lambda state: admit(queue, state, window), lambda state: state, state)
-        return state, broken | jnp.append(violations(queue, state, window), jnp.zeros(2, bool)), count + 1
+        state = jax.lax.cond(look, lambda state: admit(queue, state, groups), lambda state: state, state)
+        return state, broken | jnp.append(violations(queue, state, groups), jnp.zeros(2, bool)), count + 1
 
     def goes_on(carry):
         return unfinished(carry[0]) & (carry[2] < 2000)
 
     broken = jnp.zeros(len(VIOLATIONS), bool)
-    state, broken, _ = jax.lax.while_loop(goes_on, body, (admit(queue, state, window), broken, 0))
+    state, broken, _ = jax.lax.while_loop(goes_on, body, (admit(queue, state, groups), broken, 0))
     return state, broken
 
 
 def finish_trace(queue, state, sizes, window=None):
     """Run to the end, and compare with each sequence on its own; returns the state."""
-    held = int(np.sum(state.slots.sequence == HELD) and state.table.num_pages[-1])
+    held = int(np.sum(state.slots.sequence == HELD) and state.table.num_pages[-1]) * sizes.groups
     state, broken = run_trace(queue, state, window, sizes)
     assert not np.any(broken), [name for name, flag in zip(VIOLATIONS, np.asarray(broken), strict=True) if flag]
     outputs = jax.device_get(state.outputs)
     assert not (outputs.finish == Finish.RUNNING).any(), "every request ends"
     assert np.asarray(state.table.ref_counts).tolist() == [1] * held + [0] * (sizes.pages - held), "all is given back"
-    for sequence, (out, reason) in enumerate(expected_outputs(queue, window)):
+    for sequence, (out, reason) in enumerate(expected_outputs(queue, window, sizes.groups)):
         assert outputs.tokens[sequence, : outputs.lengths[sequence]].tolist() == out
         assert outputs.finish[sequence] == reason
     return state
 
 
-def expected_outputs(queue, window=None):
+def expected_outputs(queue, window=None, groups=1):
     """Each sequence on its own, in plain Python."""
     host = jax.device_get(queue)
     for prompt, sample, limit in zip(host.prompt, host.sample, host.limits, strict=True):
@@ -272,7 +292,12 @@ def expected_outputs(queue, window=None):
         out, reason = [], Finish.RUNNING
         while reason == Finish.RUNNING:
             first = 0 if window is None else max(0, len(text) - int(window))
-            seen = sum(token * (place + 3) for place, token in enumerate(text) if place >= first)
+            seen = sum(
+                (group + 1) * token * (place + 3)
+                for group in range(groups)
+                for place, token in enumerate(text)
+                if group < groups - 1 or place >= first
+            )
             out.append(int(seen + 7 * sample) % 23)
             text.append(out[-1])
             reason = Finish.STOP if out[-1] in host.stop_ids[prompt] else Finish.LENGTH if len(out) == limit else reason

@@ -18,6 +18,9 @@ ROOMY = Sizes(slots=4, pages=60, page_size=4, token_budget=32, caching=True)
 TIGHT = Sizes(slots=3, pages=13, page_size=4, token_budget=8, samples=3, steps_per_sync=2, caching=True, buckets=4)
 
 
+GROUPED = Sizes(slots=3, pages=37, page_size=4, token_budget=8, samples=3, steps_per_sync=2, caching=True, groups=3)
+
+
 def related_texts(rng, families=2):
     """Prompts that begin as one of a few texts do, for a while."""
     bases = rng.integers(0, 50, (families, LONGEST))
@@ -34,13 +37,14 @@ def histories(draw):
         limits = draw(st.lists(st.integers(1, NEW), min_size=PROMPTS, max_size=PROMPTS))
         rounds.append((lengths, limits, draw(st.integers(0, 2**16)), draw(st.booleans())))
     window = draw(st.just(EVERYTHING) | st.integers(1, 13))
-    return rounds, draw(st.sampled_from([ROOMY, TIGHT])), window, draw(st.integers(0, 3)), draw(st.booleans())
+    sizes = draw(st.sampled_from([ROOMY, TIGHT, GROUPED]))
+    return rounds, sizes, window, draw(st.integers(0, 3)) * sizes.groups, draw(st.booleans())
 
 
 @hypothesis.settings(max_examples=80, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(histories())
 def test_random_histories(history):
-    """Later requests find pages of earlier ones, in pools of any size, with windows, samples and preemption."""
+    """Later requests find pages of earlier ones, in pools of any size, with windows, groups, samples and preemption."""
     rounds, sizes, window, held, same_texts = history
     state = None
     for lengths, limits, seed, has_salts in rounds:

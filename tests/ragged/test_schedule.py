@@ -20,7 +20,8 @@ from fake_model import (
 )
 from hypothesis import strategies as st
 
-from dsjax.ragged.schedule import admit, pages_for
+from dsjax.ragged.groups import PageGroups, pages_for
+from dsjax.ragged.schedule import admit
 from dsjax.ragged.state import FREE, Slots
 
 # Few shapes, few programs: from a pool that just holds the longest sequence to one where nothing is ever short.
@@ -80,7 +81,7 @@ def test_samples_share_pages():
         slots=Slots(jnp.where(others, FREE, state.slots.sequence), jnp.where(others, 0, state.slots.context)),
     )
     state = admit_now(queue, state)
-    assert not jax.jit(functools.partial(violations, window=None))(queue, state).any()
+    assert not jax.jit(functools.partial(violations, groups=PageGroups()))(queue, state).any()
     table = np.asarray(state.table.table)
     assert np.asarray(state.slots.sequence).tolist() == [0, 1, 2, 3]
     assert np.asarray(state.slots.context).tolist() == [22, 21, 21, 21]

@@ -1,4 +1,4 @@
-"""Sliding windows of all layers: pages behind them are given back as soon as no query sees them, and never earlier."""
+"""Sliding windows: pages behind them are given back as soon as no query sees them, and never earlier."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from fake_model import LONGEST, NEW, PROMPTS, Sizes, finish_trace, make_queue, m
 from hypothesis import strategies as st
 
 import dsjax
-from dsjax.ragged.schedule import pages_for
+from dsjax.ragged.groups import page_groups, pages_for
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
-SIZES = Sizes(slots=4, pages=14, page_size=4, token_budget=10, samples=3)
+SIZES = Sizes(slots=4, pages=25, page_size=4, token_budget=10, samples=3, groups=2)
 
 
 @hypothesis.settings(max_examples=70, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -22,13 +22,16 @@ SIZES = Sizes(slots=4, pages=14, page_size=4, token_budget=10, samples=3)
     lengths=st.lists(st.integers(1, LONGEST), min_size=PROMPTS, max_size=PROMPTS),
     limits=st.lists(st.integers(1, NEW), min_size=PROMPTS, max_size=PROMPTS),
     window=st.integers(1, 13),
-    held=st.integers(0, 5),
+    held=st.integers(0, 3),
     seed=st.integers(0, 2**16),
 )
 def test_random_traces_with_windows(lengths, limits, window, held, seed):
-    """With samples whose prompt's first pages are gone, and preemption. With prefix caching: see `test_prefix`."""
+    """With samples whose prompt's first pages are gone, and preemption; beside layers that see everything.
+
+    With prefix caching, and in one group: see `test_prefix`.
+    """
     queue = make_queue(lengths, limits, SIZES.samples, seed)
-    finish_trace(queue, make_state(queue, SIZES, held), SIZES, jnp.int32(window))
+    finish_trace(queue, make_state(queue, SIZES, held * SIZES.groups), SIZES, jnp.int32(window))
 
 
 WINDOW, PAGE, NEW_TOKENS = 10, 8, 90
@@ -69,6 +72,43 @@ def test_long_texts_hold_few_pages(windowed):
     assert_likeliest(windowed, prompts, np.asarray(out.tokens[:, 0]))
     assert out.counters.preemptions == 0
     assert out.counters.decode_steps < 2 * NEW_TOKENS, "one after the other they would take twice as many"
+
+
+def test_layers_that_see_everything_keep_their_pages(windowed):
+    """One layer of two has a window: in a pool of 1.4 times what one of them needs the other finds room too."""
+    config = dataclasses.replace(windowed.config, windows=(None, WINDOW))
+    params, prompts = dsjax.Params(windowed, config), make_prompts()
+    of_one = 4 * pages_for(50 + NEW_TOKENS - 1, PAGE)
+    options = dict(page_size=PAGE, token_budget=16, pages=of_one * 7 // 5)
+    out = dsjax.generate(params, prompts, max_new_tokens=NEW_TOKENS, **options)
+    assert_likeliest(params, prompts, np.asarray(out.tokens[:, 0]))
+    assert out.counters.preemptions == 0
+    assert out.counters.decode_steps < NEW_TOKENS + 10, "all run at once"
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "window", "context", "groups", "share"),
+    [
+        (24, 2, 128, 8192, (1, 1), 0.54),
+        (62, 6, 1024, 131072, (1, 5), 0.19),
+        (26, 6, 512, 32768, (1, 6), 0.18),
+        (42, 2, 4096, 8192, (1, 1), 0.79),
+        (42, 2, 4096, 4096, (1, 0), 1.0),
+    ],
+    ids=["gpt-oss-20b", "gemma-3-27b", "gemma-3-1b", "gemma-2-9b", "too short to gain"],
+)
+def test_groups_of_real_models(tiny_config, layers, pattern, window, context, groups, share):
+    """Memory of one long sequence, against pages of all layers."""
+    windows = tuple(None if layer % pattern == pattern - 1 else window for layer in range(layers))
+    config = dataclasses.replace(tiny_config, num_layers=layers, windows=windows, max_context=context)
+    made = page_groups(config, context - 1, 64, 512)
+    assert (made.windows.count(None), made.windows.count(window)) == groups
+    size = 1 + max((buffer for _, buffer in made.places), default=layers - 1)
+    for layer, (group, _) in enumerate(made.places):
+        assert made.windows[group] == windows[layer]
+    assert len(set(made.places)) == len(made.places), "no two layers share a page's buffer"
+    columns = pages_for(context - 1, 64)
+    assert made.peak(columns) * size / (columns * layers) == pytest.approx(share, abs=0.01)
 
 
 def test_engine_finds_the_pages_of_windows(windowed):
