@@ -1,6 +1,7 @@
 """What a step of a model is once it is compiled for an NVIDIA GPU, on a machine that has none.
 
     python -m bench.compiled --model llama-3.1-8b --target h200 [--slots 32] [--context 4096] [--kernels NAME]
+                             [--quantize int4] [--kv-dtype fp8]
     python -m bench.compiled --table [--models A,B] [--targets A,B]      Markdown, a line for each
     python -m bench.compiled --check bench/budget.json                   fails where a figure got worse
 
@@ -69,6 +70,8 @@ class Case:
         token_budget: tokens of the step that reads prompts.
         layers: of the model, or `None` for all.
         kernels: value of `PALLAS_KERNELS`, which chooses implementations, or `None` for the best of each.
+        quantize: scheme of all matrices but the embedding, or `None` for bfloat16.
+        kv_dtype: of the pages, or `None` for bfloat16.
     """
 
     model: str
@@ -78,6 +81,8 @@ class Case:
     token_budget: int = 512
     layers: int | None = None
     kernels: str | None = None
+    quantize: str | None = None
+    kv_dtype: str | None = None
 
 
 def abstract_step(case: Case, kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -93,14 +98,22 @@ def abstract_step(case: Case, kind: str) -> tuple[Callable[..., Any], tuple[Any,
         pages=case.slots * case.context // PAGE_SIZE,
         page_size=PAGE_SIZE,
         token_budget=case.token_budget,
+        kv_dtype=case.kv_dtype,
     )
-    params = jax.eval_shape(dsjax.prepare, params)
+    params = jax.eval_shape(lambda params: _prepared(params, case.quantize), params)
     queue = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), queue)
     state = jax.eval_shape(lambda queue: admit(queue, start(params, queue, capacity)), queue)
     size: dict[str, Any] = {"num_tokens": case.slots, "max_q_len": 1}
     if kind == "mixed":
         size = {"num_tokens": case.token_budget}
     return lambda params, queue, state: step(params, queue, state, **size)[0], (params, queue, state)
+
+
+def _prepared(params: dsjax.Params, scheme: str | None) -> dsjax.Params:
+    """As a GPU would have it: matrices in tiles."""
+    if scheme is not None:
+        params = dsjax.quantize(params, {"embed": None, "*": scheme})
+    return dsjax.prepare(params, tiled=True)
 
 
 def measure(case: Case, kind: str) -> dict[str, Any]:
@@ -297,6 +310,8 @@ def main() -> int:
     parser.add_argument("--token-budget", type=int, default=512, help="tokens of the step that reads prompts")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to be quick")
     parser.add_argument("--kernels", help=f"{VARIABLE}: implementations, by default the best of each")
+    parser.add_argument("--quantize", help="scheme of all matrices but the embedding")
+    parser.add_argument("--kv-dtype", help="of the pages: int8, fp8")
     parser.add_argument("--launches", action="store_true", help="list every launch with the bytes that it moves")
     parser.add_argument("--json", type=pathlib.Path, help="write the result here")
     parser.add_argument("--table", action="store_true", help="Markdown of many models and targets")

@@ -113,7 +113,7 @@ def propose(
         logits, pages = forward(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
         return dataclasses.replace(state, pages=pages), batch, logits, {}
     rows, pages = ragged_rows(params, batch, state.pages, max_q_len=max_q_len, implementation=implementation)
-    logits = head(rows[batch.logit_rows], params, params.config)
+    logits = head(rows[batch.logit_rows], params, params.config, implementation)
     with jax.named_scope("rank_prompt"):
         ranked = _rank_prompt(params, queue, state, batch, rows, alternatives)
     return dataclasses.replace(state, pages=pages), batch, logits, ranked

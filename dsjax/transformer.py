@@ -170,7 +170,7 @@ def forward(
         if update is not None:
             update = update[0][..., batch.logit_rows, :], update[1]
         x = _final(x[..., batch.logit_rows, :], update, params)
-        return head(x, params, params.config), pages
+        return head(x, params, params.config, implementation), pages
 
 
 def ragged_rows(

@@ -258,6 +258,22 @@ def test_quantized_weights_can_stay(smollm2_path):
     )
 
 
+def test_convert(model, params, capsys, tmp_path):
+    out = tmp_path / "out"
+    recipe = '{"embed": null, "*": "int8"}'
+    assert cli.main(["convert", model, str(out), "--quantize", recipe, "--dtype", "float32"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, dsjax.load(out), dsjax.quantize(params, {"embed": None, "*": "int8"}))
+    assert dsjax.load_tokenizer(out).encode("a") == dsjax.load_tokenizer(model).encode("a")
+    assert cli.main(["convert", model, str(out)]) == 1
+    assert "is there already; remove it, or give --overwrite" in capsys.readouterr().err
+    assert cli.main(["convert", model, str(out), "--overwrite", "--quantize", "int5"]) == 1
+    assert "quantize='int5' is not supported" in capsys.readouterr().err
+    assert dsjax.load(out).config == params.config, "what was there stays"
+    with pytest.raises(SystemExit):
+        cli.main(["convert", model, str(out), "--quantize", "{"])
+    assert "is no JSON" in capsys.readouterr().err
+
+
 def broken(model, folder, changes):
     """A copy of the model's folder with files replaced or, where the content is `None`, left out."""
     folder.mkdir()

@@ -19,7 +19,7 @@ from pallas_kernels.targets import instructions
 BUDGET = json.loads((bench.ROOT / "bench" / "budget.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("entry", BUDGET, ids=lambda entry: f"{entry['case']['model']}-{entry['case']['target']}")
+@pytest.mark.parametrize("entry", BUDGET, ids=lambda entry: "-".join(map(str, entry["case"].values())))
 def test_steps_are_within_their_budget(gpu_compiler, entry):
     worse = bench.regressions(entry, bench.in_process(bench.Case(**entry["case"])))
     assert not worse, "\n".join(worse)

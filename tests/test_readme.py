@@ -31,7 +31,15 @@ def test_code_of_the_engine_runs(capsys):
     """The second with a tiny model, since a real one takes a while to compile."""
     run(BLOCKS[1], {"dsjax": dsjax, "params": testing.tiny_params(), "tokenizer": testing.tiny_tokenizer()})
     assert "pages" in capsys.readouterr().out.splitlines()[0]
-    assert len(BLOCKS) == 2
+
+
+def test_code_of_quantization_runs(tmp_path):
+    params = testing.tiny_params()
+    dsjax.export_hf(params, tmp_path / "model")
+    names = {"dsjax": dsjax, "model": tmp_path / "model", "trained": params, "tokens": [[1, 2, 3]]}
+    run(BLOCKS[2], names)
+    assert names["out"].tokens.shape == (1, 1, 64)
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")))

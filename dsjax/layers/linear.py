@@ -28,13 +28,16 @@ def dense_weight(weight: Weight, dtype: Any) -> jax.Array:
     return weight.dequantize(dtype) if isinstance(weight, QuantizedArray) else weight.astype(dtype)
 
 
-def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -> Float[Array, "*batch out"]:
+def matmul(
+    x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None, implementation: str | None = "xla"
+) -> Float[Array, "*batch out"]:
     """Product with a weight `[out, in]`.
 
     Args:
       x: activations.
       weight: plain or quantized leaf.
       dtype: of the result and of the accumulation, default that of `x`.
+      implementation: as for `linear`, of products with quantized weights.
 
     Returns:
       `x @ weight.T`.
@@ -42,7 +45,9 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
     dtype = dtype or x.dtype
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, QuantizedArray):
-        return _quantized(rows, weight, dtype).reshape(*x.shape[:-1], -1)
+        has_kernel = _has_kernel(weight, rows.shape[0]) and prefers_kernels(implementation)
+        out = _quantized(rows, weight, dtype, implementation if has_kernel else "xla")
+        return out.reshape(*x.shape[:-1], -1)
     dense = weight.astype(x.dtype)
 
     def rows_first(rows, dense):
@@ -55,6 +60,12 @@ def matmul(x: Float[Array, "*batch inner"], weight: Weight, dtype: Any = None) -
     is_few = 1 < rows.shape[0] <= FEW_ROWS and current_gpu() is None
     out = (weight_first if is_few else rows_first)(rows, dense)
     return out.reshape(*x.shape[:-1], dense.shape[0])
+
+
+def _has_kernel(weight: Weight, rows: int) -> bool:
+    if not isinstance(weight, QuantizedArray):
+        return rows <= MAX_ROWS
+    return weight.layout == "tiles" and weight.scheme.activations is None and rows <= MAX_QUANTIZED_ROWS
 
 
 def _quantized(rows: Float[Array, "M inner"], weight: QuantizedArray, dtype: Any, implementation="xla", **options):
@@ -100,12 +111,7 @@ def linear(
     """
     weight, bias = module["weight"], module.get("bias")
     rows = math.prod(x.shape[:-1])
-    is_quantized = isinstance(weight, QuantizedArray)
-    if is_quantized:
-        has_kernel = weight.layout == "tiles" and weight.scheme.activations is None and rows <= MAX_QUANTIZED_ROWS
-    else:
-        has_kernel = rows <= MAX_ROWS
-    if has_kernel and prefers_kernels(implementation):
+    if _has_kernel(weight, rows) and prefers_kernels(implementation):
         flat = x.reshape(rows, -1)
         options: dict[str, Any] = {
             "bias": bias,
@@ -113,7 +119,7 @@ def linear(
             "partial": partial and bias is None,
             "implementation": implementation,
         }
-        if is_quantized:
+        if isinstance(weight, QuantizedArray):
             out = _quantized(flat, weight, x.dtype, **options)
         else:
             out = few_row_matmul(flat, weight.astype(x.dtype), **options)
@@ -161,11 +167,13 @@ def embed(
     return norm(x, params["embed_norm"], config) if config.embed_norm else x
 
 
-def head(x: Float[Array, "*batch D"], params: dict[str, Any], config: ModelConfig) -> Float[Array, "*batch V"]:
-    """Logits in float32, from the tied embedding when the tree has no head."""
+def head(
+    x: Float[Array, "*batch D"], params: dict[str, Any], config: ModelConfig, implementation: str | None = "xla"
+) -> Float[Array, "*batch V"]:
+    """Logits in float32, from the tied embedding when the tree has no head; `implementation` as for `linear`."""
     if config.embed_size is not None:
         x = linear(x, params["embed_out"])
-    logits = matmul(x, params["embed" if config.tie_embeddings else "head"]["weight"], jnp.float32)
+    logits = matmul(x, params["embed" if config.tie_embeddings else "head"]["weight"], jnp.float32, implementation)
     if config.head_bias:
         logits += params["head"]["bias"].astype(jnp.float32)
     if config.logit_scale != 1.0:

@@ -115,17 +115,18 @@ print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
-@pytest.mark.parametrize("case", ["safetensors", "cast", "quantized on the way", "quantized", "dequantized"])
-def test_peak_memory_is_the_tree_and_two_tensors(save_hf, write_gguf, gguf_parts, case):
+@pytest.mark.parametrize("case", ["safetensors", "cast", "quantized on the way", "int4", "quantized", "dequantized"])
+def test_peak_memory_is_the_tree_and_a_few_tensors(save_hf, write_gguf, gguf_parts, case):
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the peak as Linux counts it")
-    if case in ("safetensors", "cast", "quantized on the way"):
+    if case in ("safetensors", "cast", "quantized on the way", "int4"):
         sizes = dict(vocab_size=16000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2)
         small, _ = save_hf("llama", folder="small")
         large, _ = save_hf("llama", folder="large", shard="60MB", **sizes)
         assert len(list(large.glob("*.safetensors"))) > 2
         # In float32: 62.5 MiB of embedding, and as much of head.
-        options = {"cast": {"dtype": "bfloat16"}, "quantized on the way": {"quantize": "q8_0"}}.get(case, {})
+        schemes = {"quantized on the way": "q8_0", "int4": "int4"}
+        options = {"dtype": "bfloat16"} if case == "cast" else {"quantize": schemes.get(case)}
         largest = 16000 * 1024 * 4
     else:
         small = write_gguf(*gguf_parts(kind=gguf.GGMLQuantizationType.Q8_0), name="small.gguf")
@@ -142,7 +143,10 @@ def test_peak_memory_is_the_tree_and_two_tensors(save_hf, write_gguf, gguf_parts
     )
     grown, tree = map(int, done.stdout.split())
     assert grown > 0.8 * tree, "the measurement saw no tree"
-    assert grown <= tree + 2 * largest, f"{grown / 2**20:.0f} MiB for a tree of {tree / 2**20:.0f}"
+    # Rounding on the device, and not as they are read, takes a third.
+    assert grown <= tree + (3 if case == "int4" else 2) * largest, (
+        f"{grown / 2**20:.0f} MiB for a tree of {tree / 2**20:.0f}"
+    )
 
 
 def test_progress(save_hf, capsys, monkeypatch):
