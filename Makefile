@@ -24,8 +24,8 @@ PIP_INSTALL := -m pip install -qq
 # and torch takes one thread in each.
 test_env = env JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PYTHONPATH="$(CURDIR)/$(1)/cuda" OMP_NUM_THREADS=1 \
 	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-# A file stays with one worker: what its tests share is made and compiled once.
-PYTEST := -m pytest -n 2 --dist loadfile --timeout 600
+# A file stays with one worker: what its tests share is made and compiled once. Reordered, the long files come last.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
 
 help:
 	@echo 'make demo [PROMPT="..."] [MODEL=...] [ARGS="--max-tokens 64"]   ask a model a question'

@@ -26,7 +26,7 @@ from dsjax.quantization import QuantizedArray, Recipe, Scheme
 from dsjax.sharding import named_sharding
 from dsjax.watched import is_watched
 from policies.base import Leaf, Step, read_leaves
-from policies.quantizing import quantized_in_pieces, schemes_of_leaves
+from policies.quantizing import check_recipe, quantized_in_pieces, schemes_of_leaves
 from policies.sources import hub
 from policies.sources.blocks import KINDS, quantize_matrix
 from policies.sources.files import aligned_empty
@@ -80,6 +80,7 @@ def load(
       ConfigError: the architecture, a config field, `config`, `dtype` or `quantize` is not supported.
       CheckpointError: the checkpoint is missing, damaged, or does not fit its config.
     """
+    check_recipe(quantize)
     if dtype is not None:
         dtype = _checked_dtype(dtype)
     if (folder := _saved(model)) is not None:

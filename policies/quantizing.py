@@ -14,6 +14,27 @@ from policies.sources.blocks import KINDS
 _PIECE = 2**24  # weights quantized at a time: rounding takes several arrays of their size
 
 
+def check_recipe(quantize: Recipe | None) -> None:
+    """Refuse what no checkpoint can be quantized to.
+
+    Raises:
+      ConfigError: names the scheme, and those that there are.
+    """
+    names = quantize.values() if isinstance(quantize, Mapping) else [quantize]
+    for name in names:
+        if name is None or (name == "none" and quantize == "none"):
+            continue
+        try:
+            scheme(name)
+        except ConfigError as error:
+            if not isinstance(name, str):
+                raise
+            raise ConfigError(
+                f"quantize={name!r} is not supported; None (keep what the checkpoint holds), 'none' (dequantize) "
+                f"and {', '.join(map(repr, SCHEMES))} are"
+            ) from error
+
+
 def schemes_of_leaves(quantize: Recipe | None, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Scheme]:
     """What leaves are to be quantized to, by path.
 
@@ -22,19 +43,13 @@ def schemes_of_leaves(quantize: Recipe | None, shapes: Mapping[str, tuple[int, .
       shapes: of all leaves.
 
     Raises:
-      ConfigError: a scheme is unknown, or a pattern of a recipe matches nothing.
+      ConfigError: a pattern of a recipe matches nothing.
       ParameterError: a leaf does not take its scheme.
     """
     if quantize is None or quantize == "none":
         return {}
     if isinstance(quantize, str):
-        try:
-            to = scheme(quantize)
-        except ConfigError:
-            raise ConfigError(
-                f"quantize={quantize!r} is not supported; None (keep what the checkpoint holds), 'none' (dequantize) "
-                f"and {', '.join(map(repr, SCHEMES))} are"
-            ) from None
+        to = scheme(quantize)
         if to.name in KINDS:
             return {path: to for path, shape in shapes.items() if _is_whole(path, shape, to)}
     return choose(shapes, quantize)

@@ -10,7 +10,7 @@ import pytest
 from formats_in_numpy import dequantized, nearest
 
 from dsjax.errors import ConfigError
-from dsjax.quantization import SCHEMES, quantize_array
+from dsjax.quantization import SCHEMES, quantize_array, scheme
 from dsjax.quantization.activations import quantize_rows, quantized_product, takes_quantized_rows
 
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -50,4 +50,8 @@ def test_wrong_use(rng):
     with pytest.raises(ConfigError, match="'int8' or 'fp8_e4m3'; this one is 'int8_g32'"):
         quantized_product(jnp.ones((1, 64)), weight)
     takes = {name for name, scheme in SCHEMES.items() if takes_quantized_rows(scheme)}
-    assert takes == {"int8", "fp8_e4m3", "fp8_e4m3_tensor", "fp8_e5m2", "fp8_e5m2_tensor"}
+    asked = {name for name, scheme in SCHEMES.items() if scheme.activations is not None}
+    assert asked == {"int8_w8a8", "fp8_e4m3_w8a8"}
+    assert takes == {"int8", "fp8_e4m3", "fp8_e4m3_tensor", "fp8_e5m2", "fp8_e5m2_tensor"} | asked
+    with pytest.raises(ConfigError, match="activations='int8': inputs are rounded to 'int8' beside int8 codes"):
+        scheme("int4", activations="int8")
