@@ -68,7 +68,9 @@ def _has_kernel(weight: Weight, rows: int) -> bool:
     return weight.layout == "tiles" and weight.scheme.activations is None and rows <= MAX_QUANTIZED_ROWS
 
 
-def _quantized(rows: Float[Array, "M inner"], weight: QuantizedArray, dtype: Any, implementation="xla", **options):
+def _quantized(
+    rows: Float[Array, "M inner"], weight: QuantizedArray, dtype: Any, implementation: str | None = "xla", **options
+):
     """Product with a quantized weight, in `dtype` but for partial sums; see `quantized_matmul` for the options."""
     if weight.scheme.activations is not None:
         return quantized_product(rows, weight, dtype)
