@@ -1,14 +1,10 @@
-"""Codes of weights: which is nearest to a number, and which number a code is.
-
-How codes are packed into bytes is told in `pallas_kernels.quantized_matmul.formats`, for the kernels that unpack them.
-"""
+"""Codes of weights: which is nearest to a number. The way back is `pallas_kernels.quantized_matmul.formats.numbers`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized_matmul.formats import ELEMENTS, NF4
-from pallas_kernels.quantized_matmul.formats import Element as Element
+from pallas_kernels.quantized_matmul.formats import ELEMENTS, NF4, Element
 
 # The smallest and the largest number of each element.
 LIMITS = {
@@ -56,18 +52,3 @@ def _encode_float(numbers: jax.Array, kind: Element) -> jax.Array:
     # With its leading one the mantissa counts one more exponent, and when it rounds up to the next, that carries over.
     code = ((exponent - lowest) << kind.mantissa) + mantissa
     return (code | jnp.signbit(numbers).astype(jnp.int32) << (kind.bits - 1)).astype(jnp.uint8)
-
-
-def decode(codes: jax.Array, element: str) -> jax.Array:
-    """The numbers that codes, not packed, stand for: exactly, in float32."""
-    kind = ELEMENTS[element]
-    if element == "nf4":
-        return jnp.asarray(NF4, jnp.float32)[codes]
-    if kind.bits == 8 or not kind.exponent:
-        return codes.astype(jnp.float32)
-    bits = codes.astype(jnp.int32)
-    exponent, mantissa = bits >> kind.mantissa & (1 << kind.exponent) - 1, bits & (1 << kind.mantissa) - 1
-    # In units of the smallest number, every one is an integer, so no float on the way is subnormal.
-    units = jnp.where(exponent == 0, mantissa, (mantissa | 1 << kind.mantissa) << jnp.maximum(exponent - 1, 0))
-    magnitude = units.astype(jnp.float32) * 2.0 ** (1 - kind.bias - kind.mantissa)
-    return jnp.where(bits >> (kind.bits - 1) == 1, -magnitude, magnitude)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.errors import ConfigError, ParameterError
-from dsjax.quantization.codes import LIMITS, decode, encode
+from dsjax.quantization.codes import LIMITS, encode
 from dsjax.quantization.hqq import refine
 from dsjax.quantization.leaf import QuantizedArray
 from dsjax.quantization.schemes import Scheme, scheme
+from pallas_kernels.quantized_matmul.formats import numbers as numbers_of
 from pallas_kernels.quantized_matmul.formats import pack, scale_numbers
 
 Fit = Literal["nearest", "hqq"]
@@ -165,7 +166,8 @@ def _fitted(blocks: jax.Array, to: Scheme) -> tuple[jax.Array, dict[str, jax.Arr
         zeros = -_over(parts["minimums"].astype(jnp.float32), scales)
 
     def rounded(numbers: jax.Array) -> jax.Array:
-        return decode(encode(numbers, to.element), to.element)
+        codes = encode(numbers, to.element)
+        return codes.astype(jnp.float32) if to.bits == 8 else numbers_of(codes, to.element)
 
     scales, zeros = refine(blocks, scales, zeros, rounded, moves=moves, axes=_WITHIN_BLOCK)
     parts["scales"] = scales.astype(dtype)

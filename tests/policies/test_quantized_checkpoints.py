@@ -132,8 +132,11 @@ def check_leaf(leaf, scheme, expected):
 @jax.jit
 def dequantized(params):
     """The tree with plain leaves."""
-    is_leaf = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.dequantize() if is_leaf(leaf) else leaf, params, is_leaf=is_leaf)
+
+    def is_quantized(leaf):
+        return isinstance(leaf, QuantizedArray)
+
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
 
 
 @pytest.fixture(scope="module")
