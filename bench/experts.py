@@ -82,8 +82,8 @@ def _int4(seed: int, shape: tuple[int, ...]) -> QuantizedExperts:
     return make(random_array(1 + seed, (*shape[:2], shape[2] // 2), jnp.int8))
 
 
-def kernels(problem: Experts) -> Contender:
-    """Plan, both products and the sum over a token's experts."""
+def layer(problem: Experts) -> tuple[Any, ...]:
+    """Plan, both products and the sum over a token's experts: a function and what it is called with."""
     x, choices, weights = problem.arrays()
     run = functools.partial(grouped_matmul, implementation="triton")
 
@@ -94,7 +94,12 @@ def kernels(problem: Experts) -> Contender:
         parts = run(hidden, weights[1], plan, scatter=True, scale=share, dtype=_dtype(problem))
         return parts.sum(axis=0, dtype=jnp.float32).astype(x.dtype)
 
-    return chained(call, x, choices, weights)
+    return call, x, choices, weights
+
+
+def kernels(problem: Experts) -> Contender:
+    """The layer by this project's kernels."""
+    return chained(*layer(problem))
 
 
 def _dtype(problem: Experts) -> Any:

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.quantization import quantize_array
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dispatch import current_gpu
 from pallas_kernels.few_row_matmul import few_row_matmul
+from pallas_kernels.grouped_matmul import QuantizedExperts, Routing, choose_experts, grouped_matmul, plan_experts
 from pallas_kernels.quantized_matmul import ELEMENTS, dequantize, quantized_matmul, to_tiles
 from pallas_kernels.quantized_matmul.shapes import FORMATS
 from pallas_kernels.ragged_paged_attention import cascade_attention, ragged_paged_attention, shared_prefixes
@@ -310,7 +312,68 @@ def quantized(name: str, rows: int, extra: str, activation: str | None, tiny: bo
     error = np.asarray(found, np.float64).sum(0) - exact
     relative = float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
     # Where it rounds weights to bfloat16, and its table of nf4.
-    return {"out": {"relative": relative, "passed": relative < 3e-3}}
+    return {"out": {"max": relative, "passed": relative < 3e-3}}
+
+
+def routing(name: str, tiny: bool = False) -> dict[str, Any]:
+    """The kernel's choice of experts against plain JAX on the host; logits are in parts, as a product leaves them."""
+    rng, (tokens, count) = np.random.default_rng(0), (5, 16) if tiny else (200, 256)
+    logits = rng.normal(size=(2, tokens, count)).astype(np.float32)
+    correction = jnp.asarray(rng.normal(size=count) / 10, jnp.float32) if name == "groups" else None
+    options = Routing(8, "sigmoid", 8, 4, "top2", scale=2.5) if name == "groups" else Routing(8)
+    run = functools.partial(choose_experts, routing=options)
+    with _host():
+        wanted, chosen = run(jnp.asarray(logits), correction=correction, implementation="xla")
+    weights, found = jax.jit(functools.partial(run, implementation="triton"))(logits, correction=correction)
+    error = np.abs(np.asarray(weights, np.float64) - np.asarray(wanted, np.float64)).max()
+    same = np.array_equal(found, chosen)
+    return {"weights": {"max": float(error), "same experts": same, "passed": same and bool(error < 1e-5)}}
+
+
+def experts(scheme: str | None, tokens: int, tiny: bool = False) -> dict[str, Any]:
+    """A layer of experts, its plan included, against loops on the host; some tokens have fewer experts than others."""
+    rng, (count, choices) = np.random.default_rng(0), (4, 2) if tiny else (16, 4)
+    width, size = (128, 128) if tiny else (1024, 512)
+    shapes = ((count, 2 * size, width), (count, width, size))
+    weights = [jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16) for shape in shapes]
+    given, exact = weights, [np.asarray(each, np.float64) for each in weights]
+    if scheme is not None:
+        leaves = [quantize_array(each, scheme) for each in weights]
+        exact = [np.asarray(leaf.dequantize(jnp.float32), np.float64) for leaf in leaves]
+        given = []
+        for leaf in (each.tiled() for each in leaves):
+            parts = leaf.values, leaf.scales, leaf.zeros, leaf.minimums, leaf.tensor_scale
+            given.append(QuantizedExperts(*parts, leaf.format))
+    x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
+    chosen = np.argsort(rng.random((tokens, count)), axis=1)[:, :choices]
+    chosen[:: max(2, tokens // 8), 0] = -1
+    share = rng.random((tokens, choices)).astype(np.float32)
+
+    @jax.jit
+    def layer(x, weights, chosen, share):
+        plan = plan_experts(chosen, count, implementation="triton")
+        run = functools.partial(grouped_matmul, plan=plan, implementation="triton")
+        hidden = run(x, weights[0], gather=True, activation="silu")
+        return run(hidden, weights[1], scatter=True, scale=share, dtype=jnp.float32).sum(axis=0)
+
+    def loops(precision: Any, stored: Any) -> np.ndarray:
+        out = np.zeros((tokens, width), precision)
+        for expert in range(count):
+            token, place = np.nonzero(chosen == expert)
+            product = np.asarray(x, precision)[token] @ exact[0][expert].astype(precision).T
+            gate, up = np.split(product, 2, axis=-1)
+            hidden = (gate / (1 + np.exp(-gate)) * up).astype(stored).astype(precision)
+            product = hidden @ exact[1][expert].astype(precision).T
+            np.add.at(out, token, product * share[token, place][:, None].astype(precision))
+        return out
+
+    found = layer(x, given, jnp.asarray(chosen, jnp.int32), share)
+    wanted = loops(np.float64, np.float64)
+    if scheme is None:
+        return {"out": errors(found, wanted, loops(np.float32, jnp.bfloat16), np.float32)}
+    relative = float(np.sqrt(np.mean((np.asarray(found, np.float64) - wanted) ** 2) / np.mean(wanted**2)))
+    # Weights rounded to bfloat16 where it scales them, and what is between the products.
+    return {"out": {"max": relative, "passed": relative < 4e-3}}
 
 
 def threshold(vocab: int, implementation: str, tiny: bool = False) -> dict[str, Any]:
@@ -430,6 +493,12 @@ def _checks(tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     for name, rows, extra, activation in kinds[: 2 if tiny else None]:
         title = f"quantized_matmul: {name}{extra and ' with '}{extra}, {rows} rows, {activation} [triton]"
         add(title, quantized, name, rows, extra, activation, tiny=tiny)
+    for name in ("softmax", "groups"):
+        add(f"choose_experts: {name} [triton]", routing, name, tiny=tiny)
+    for scheme in (None, "int4") if tiny else (None, "int4", "int4_asym", "int8", "fp8", "fp6", "mxfp4", "nf4"):
+        for tokens in (3,) if tiny else (1, 32, 300):
+            title = f"grouped_matmul: {scheme or 'bfloat16'}, {tokens} tokens [triton]"
+            add(title, experts, scheme, tokens, tiny=tiny)
     add("cascade_attention [triton]", cascade, "triton", tiny=tiny)
     implementations = ("cudnn", "xla") if current_gpu() is not None else ("xla",)
     for name in implementations:

@@ -5,8 +5,9 @@
 
 Every scheme is compared with the same weights in float32: those of the checkpoint, dequantized where it is quantized
 itself. All matrices are quantized, embedding and head included, and read back as plain float32, so that one compiled
-program serves all schemes, and nothing but the rounding of the weights differs. `NAME:hqq` and `NAME:awq` fit the
-scales (`dsjax.quantization.quantize_array`, `dsjax.quantization.awq`).
+program serves all schemes, and nothing but the rounding of the weights differs; but for `NAME_w8a8`, whose products
+are those of 8-bit activations. `NAME:hqq` and `NAME:awq` fit the scales (`dsjax.quantization.quantize_array`,
+`dsjax.quantization.awq`).
 
 Text is read in windows of `--window` tokens, each `--stride` tokens after the one before. A token counts in the first
 window that has it, so all but the first token of the text count once, and those after the first window have at least
@@ -31,11 +32,11 @@ from jax import lax
 import dsjax
 from bench.environment import environment
 from dsjax.errors import ParameterError
-from dsjax.layers.linear import head
+from dsjax.layers.linear import head, matmul
+from dsjax.params import flatten
 from dsjax.quantization import SCHEMES, QuantizedArray, quantize, scheme
 from dsjax.quantization.awq import quantize_for_inputs
 from dsjax.quantization.inputs import weight_inputs
-from dsjax.quantization.recipe import dotted
 from dsjax.transformer import hidden_states
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -169,10 +170,14 @@ def _plain(leaf: QuantizedArray, dtype: Any) -> jax.Array:
 
 
 def dequantized(params: Any) -> Any:
-    """The tree with plain float32 leaves; leaf by leaf, since schemes have few shapes and trees many leaves."""
+    """The tree with plain float32 leaves, but for those whose activations are rounded as well.
+
+    Leaf by leaf, since schemes have few shapes and trees many leaves.
+    """
 
     def plain(leaf):
-        return _plain(leaf, jnp.float32) if isinstance(leaf, QuantizedArray) else leaf
+        is_read_back = isinstance(leaf, QuantizedArray) and leaf.scheme.activations is None
+        return _plain(leaf, jnp.float32) if is_read_back else leaf
 
     return jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
 
@@ -195,13 +200,16 @@ def storage(params: Any) -> dict[str, float]:
 
 @jax.jit
 def _product_error(weight, stored, x):
-    return jnp.linalg.norm(x @ (weight - stored).T) / jnp.linalg.norm(x @ weight.T)
+    exact = x @ weight.T
+    # Small errors are lost in the difference of two products.
+    change = matmul(x, stored) - exact if isinstance(stored, QuantizedArray) else x @ (weight - stored).T
+    return jnp.linalg.norm(change) / jnp.linalg.norm(exact)
 
 
 def product_error(params: Any, other: Any, inputs: dict[str, jax.Array]) -> float:
     """Relative error of a product with a weight, `|x (W - W').T| / |x W.T|`, mean over the weights."""
-    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    others = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other)}
+    leaves = flatten(params)
+    others = flatten(other)
     return statistics.fmean(float(_product_error(leaves[path], others[path], x)) for path, x in inputs.items())
 
 

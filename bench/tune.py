@@ -26,6 +26,7 @@ import jax
 
 from bench import timing
 from bench.dumps import dumped
+from bench.experts import Experts, layer
 from bench.problems import Attention, Matmul, Rotary, decode, described, prefill
 from bench.quantized import Quantized
 from bench.timing import Contender, calls_of, chained, failure, measure, replace, touch
@@ -33,6 +34,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.few_row_matmul import few_row_matmul
 from pallas_kernels.few_row_matmul import triton as few_row_triton
 from pallas_kernels.few_row_matmul.shapes import MODELS
+from pallas_kernels.grouped_matmul import triton as grouped_triton
+from pallas_kernels.grouped_matmul.plan import default_block_rows
+from pallas_kernels.grouped_matmul.shapes import MODELS as MIXTURES
 from pallas_kernels.quantized_matmul import Format, quantized_matmul, tile_width, tiles
 from pallas_kernels.quantized_matmul import triton as quantized_triton
 from pallas_kernels.quantized_matmul.shapes import FORMATS, PRODUCTS
@@ -124,6 +128,10 @@ def quantized_call(problem: Quantized) -> tuple[Any, ...]:
         return run(x, *weight, activation=activation, partial=partial)
 
     return call, x, None, weights, touch
+
+
+def experts_call(problem: Experts) -> tuple[Any, ...]:
+    return *layer(problem), touch
 
 
 def rotary_call(problem: Rotary) -> tuple[Any, ...]:
@@ -322,6 +330,25 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
             "quantized_matmul", f"{format_name}, {name}, {rows} rows", (problem,), quantized_call, start, choices
         )
 
+    def experts(model: str, name: str, tokens: int, is_int4: bool = False) -> Item:
+        problem = shrink(Experts(MIXTURES[model], tokens, is_int4))
+        count, pairs = problem.mixture.count, problem.chosen.size
+        index = list(problem.mixture.products()).index(name)
+        weight = jax.eval_shape(problem.arrays)[2][0][index]
+        gated = name == "gate_up"
+        columns = weight.shape[1] // (2 if gated else 1)
+        sizes = {"gated": gated, "busy": grouped_triton.expected_busy(pairs, count), "dtype": "bfloat16", "gpu": gpu}
+        start = grouped_triton.default_sizes(default_block_rows(pairs, count), columns, weight, **sizes)
+        choices = {
+            "block_n": (32, 64, 128, 256),
+            **({} if is_int4 else {"block_k": (32, 64, 128, 256)}),
+            "num_stages": (2, 3, 4, 5, 6),
+            "num_warps": (4, 8),
+        }
+        title = f"{model} {name}, {tokens} tokens{', int4' if is_int4 else ''}"
+        match = (("columns", columns), ("gated", gated))
+        return Item("grouped_matmul", title, (problem,), experts_call, start, choices, match)
+
     def attention(kind: str, model: str, page_size: int, stored: str = "bfloat16") -> Item:
         shape = ATTENTION[model]
         options: dict[str, Any] = {
@@ -356,6 +383,7 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
     yield attention("decode", "llama-3.1-8b", 64)
     yield few_rows("llama-3.1-8b", "qkv", 32)
     if tiny:
+        yield experts("mixtral-8x7b", "down", 3, is_int4=True)
         return
     yield rotary("llama-3.1-8b", 32)
     yield attention("prefill", "llama-3.1-8b", 64)
@@ -364,6 +392,8 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
     eight = [f"llama-3.1-8b {name}" for name in ("qkv", "out", "gate_up", "down")]
     yield from (quantized(name, rows) for rows in (1, 16, 32, 64) for name in eight)
     yield from (quantized(name, rows, format) for format in ("int8", "fp6") for rows in (1, 32) for name in eight)
+    for model, tokens in (("mixtral-8x7b", 32), ("gpt-oss-20b", 32), ("qwen3-30b-a3b", 32), ("mixtral-8x7b", 1)):
+        yield from (experts(model, name, tokens, kind) for kind in (False, True) for name in ("gate_up", "down"))
     yield attention("decode", "llama-3.3-70b", 64)
     yield attention("decode", "llama-3.1-8b", 64, "int8")
     yield attention("decode", "llama-3.1-8b", 64, "float8_e4m3fn")

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_version())
         return 0
     if args.command is None:
-        parser.error("give a command: generate, chat or info")
+        parser.error("give a command: generate, chat, info or convert")
     # XLA's notes on CPU features and tuning are not for who asked a question; its errors are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Until the first token: tracing makes very many objects, all of them wanted, and looking through them for garbage
@@ -105,9 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--quantize",
         default="auto",
-        choices=("auto", "keep", "none"),
+        metavar="SCHEME",
         help="keep: weights as quantized as the file has them; none: dequantize; auto: none on a CPU, where it is "
-        "faster, else keep",
+        "faster, else keep; or a scheme to quantize to, such as int4 or fp8",
     )
     add("--max-model-len", type=_count, metavar="N", help="longest sequence in tokens; default: the model's own")
     add("--debug", action="store_true", help="show tracebacks")
@@ -149,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="a scheme, such as int4 or fp8, none to dequantize, or a recipe in JSON: "
         """'{"embed": null, "*": "int4"}'; default: as the file has it""",
+    )
+    add(
+        "--fit",
+        choices=("nearest", "hqq"),
+        default="nearest",
+        help="how scales are found: from the extremes of each group, or by half-quadratic fitting, with less error; "
+        "default: %(default)s",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of plain leaves")
     add("--overwrite", action="store_true", help="replace OUT, if dsjax wrote it")
@@ -236,6 +243,7 @@ def _setup(args: argparse.Namespace) -> tuple[str, str | None]:
     import jax
 
     from dsjax.program_cache import keep_programs
+    from policies.quantizing import check_recipe
 
     keep_programs()
     on_cpu = jax.default_backend() == "cpu"
@@ -244,7 +252,9 @@ def _setup(args: argparse.Namespace) -> tuple[str, str | None]:
         dtype = "float32" if on_cpu else "bfloat16"
     if quantize == "auto":
         quantize = "none" if on_cpu else "keep"
-    return dtype, None if quantize == "keep" else quantize
+    quantize = None if quantize == "keep" else quantize
+    check_recipe(quantize)
+    return dtype, quantize
 
 
 def _open(args: argparse.Namespace) -> "Session":
@@ -340,7 +350,7 @@ def _convert(args: argparse.Namespace) -> None:
     with _status(args, f"converting {args.model}"):
         tokenizer = dsjax.load_tokenizer(path)
         checkpoint.save(
-            dsjax.load(path, dtype=args.dtype, quantize=args.quantize),
+            dsjax.load(path, dtype=args.dtype, quantize=args.quantize, fit=args.fit),
             args.out,
             tokenizer=tokenizer,
             overwrite=args.overwrite,

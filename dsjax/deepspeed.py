@@ -14,6 +14,8 @@ import policies
 from dsjax import checkpoint, memory
 from dsjax.config import ModelConfig
 from dsjax.deepspeed_options import defaults, read_json_object, read_options, unknown
+from dsjax.deepspeed_quantization import OPTIONS as QUANTIZATION
+from dsjax.deepspeed_quantization import recipe
 from dsjax.errors import CheckpointError, ConfigError
 from dsjax.params import Params
 from dsjax.tokenizer import Tokenizer, load_tokenizer
@@ -29,10 +31,9 @@ _DTYPES = {
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
     "int8": "int8",
 }
-_SCHEMES = {(8, "symmetric"): "q8_0", (4, "symmetric"): "q4_0", (4, "asymmetric"): "q4_1"}  # by bits and kind
 _DESCRIPTOR = ("type", "version", "checkpoints", "parallelization", "tp_size", "mp_size", "base_dir", "dtype")
 _RANK = re.compile(r"mp_rank_\d+")
-_LOADING = ("dtype", "checkpoint", "config", "quant.enabled", "quant.weight.num_bits")
+_LOADING = ("dtype", "checkpoint", "config", "quant.enabled", *QUANTIZATION)
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -58,7 +59,10 @@ def init_inference(
     What has a meaning here:
 
     - `dtype`: as `dsjax.load`; `int8` stands for weights in `q8_0`. By default float32 on a CPU, else bfloat16.
-    - `quant`: `weight.num_bits` 8 is `q8_0`, 4 `q4_0`, or `q4_1` where `q_type` is `"asymmetric"`.
+    - `quant`: `weight.num_bits` 8 is `q8_0`, 4 `q4_0`, or `q4_1` where `q_type` is `"asymmetric"`;
+      `weight.post_init_quant` gives the modules whose names hold its keys 4 or 8 bits in groups, the first key that
+      does; `weight.quantized_initialization` all matrices.
+    - `quantization_mode`: `"wf6af16"` is `fp6` for all matrices but the embedding and the head, experts included.
     - `checkpoint`, `base_dir`: where the weights are, if not in `model`; what `dsjax.load` takes, or a descriptor.
     - `save_mp_checkpoint_path`: `dsjax.save` writes there what was loaded.
     - `tensor_parallel.tp_size`: weights and pages are spread over the first so many devices.
@@ -180,11 +184,11 @@ def _load(
 ) -> tuple[Params, Tokenizer | None]:
     """Parameters and, if wanted, the tokenizer that lies beside them."""
     if isinstance(model, Params):
-        asked = [name for name in _LOADING if options[name] is not None]
+        asked = [name for name in _LOADING if options[name] not in (None, {})]
         if asked:
             raise ConfigError(f"{', '.join(asked)}: these parameters are loaded already; give that to dsjax.load")
         return model, None
-    dtype, quantize = _format(options)
+    dtype = _dtype(options["dtype"])
     source, described = model, options["config"]
     if options["checkpoint"] is not None:
         if isinstance(model, Mapping):
@@ -199,7 +203,16 @@ def _load(
     if wants_tokenizer:
         found = (_tokenizer(place) for place in (model, source) if isinstance(place, str | os.PathLike))
         tokenizer = next((one for one in found if one is not None), None)
+    quantize = recipe(options, source, described)
+    if dtype == "int8":
+        if quantize not in (None, "q8_0"):
+            raise ConfigError(f"dtype=int8 and {_asked(options)} contradict each other; leave dtype out")
+        dtype, quantize = None, "q8_0"
     return policies.load(source, config=described, dtype=dtype, quantize=quantize, mesh=mesh), tokenizer
+
+
+def _asked(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={options[name]!r}" for name in QUANTIZATION if options[name])
 
 
 def _check_sizes(expected: ModelConfig, found: ModelConfig, source: Any) -> None:
@@ -220,17 +233,6 @@ def _tokenizer(place: str | os.PathLike[str]) -> Tokenizer | None:
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def _format(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """`dtype` and `quantize` of `dsjax.load`."""
-    dtype, quantize = _dtype(options["dtype"]), _quantize(options)
-    if dtype != "int8":
-        return dtype, quantize
-    if quantize not in (None, "q8_0"):
-        bits = options["quant.weight.num_bits"]
-        raise ConfigError(f"dtype=int8 and quant.weight.num_bits={bits} contradict each other; leave dtype out")
-    return None, "q8_0"
-
-
 def _dtype(value: Any) -> str | None:
     if value is None:
         return None
@@ -244,18 +246,6 @@ def _dtype(value: Any) -> str | None:
     if name not in _DTYPES:
         raise ConfigError(f"dtype={value!r} is not supported; there are {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _quantize(options: Mapping[str, Any]) -> str | None:
-    enabled, bits, kind = options["quant.enabled"], options["quant.weight.num_bits"], options["quant.weight.q_type"]
-    asked = bits is not None or kind != "symmetric" if enabled is None else enabled
-    if not asked or not options["quant.weight.enabled"]:
-        return None
-    scheme = _SCHEMES.get((bits or 8, kind))
-    if scheme is None:
-        known = ", ".join(f"{bits} {kind} ({name})" for (bits, kind), name in _SCHEMES.items())
-        raise ConfigError(f"quant.weight: {bits or 8} bits, q_type={kind!r} is not supported; there are {known}")
-    return scheme
 
 
 def _source(given: Any, base: str | os.PathLike[str]) -> Any:

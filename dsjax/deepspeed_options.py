@@ -45,11 +45,10 @@ class Option:
 _MESH = "the mesh is made of the first tp_size devices of this process's JAX"
 _EXPERTS = "experts are spread by the same mesh as all else: each device holds a slice of every expert"
 _CHECKPOINT = "the checkpoint's own configuration says so"
-_ACTIVATIONS = "activations are not quantized, only weights are"
+_ACTIVATIONS = "activations are rounded only by dsjax.load(model, quantize='int8_w8a8')"
 _POLICY = (
     "an architecture is a weight map here (dsjax.policies), which keeps what is in a checkpoint and how it is split"
 )
-_ONE_SCHEME = "one scheme is for all matrices; give quant.weight.num_bits"
 _LEAVES = "weights go to the devices one at a time as they are read, and the model never exists without them"
 
 OPTIONS = (
@@ -64,19 +63,19 @@ OPTIONS = (
     Option("quant.weight.num_bits", None, "count"),
     Option("quant.weight.q_type", "symmetric", "text"),
     Option("quant.weight.q_groups", 1, "count", unused="the groups of q8_0, q4_0 and q4_1 are 32 weights each"),
-    Option("quant.weight.quantized_initialization", {}, "object", refused=_ONE_SCHEME),
-    Option("quant.weight.post_init_quant", {}, "object", refused=_ONE_SCHEME),
+    Option(
+        "quant.weight.quantized_initialization",
+        {},
+        "object",
+        aliases=("weight_quantization.quantized_initialization",),
+    ),
+    Option("quant.weight.post_init_quant", {}, "object", aliases=("weight_quantization.post_init_quant",)),
     Option("quant.activation.enabled", True, "bool"),
     Option("quant.activation.num_bits", 8, "count", unused=_ACTIVATIONS),
     Option("quant.activation.q_type", "symmetric", "text", unused=_ACTIVATIONS),
     Option("quant.activation.q_groups", 1, "count", unused=_ACTIVATIONS),
     Option("quant.qkv.enabled", True, "bool", refused="the projections of attention can not be left out"),
-    Option(
-        "quantization.quantization_mode",
-        None,
-        "text",
-        refused="there is no six-bit format yet; quant={'weight': {'num_bits': 4}} or 8 is nearest",
-    ),
+    Option("quantization.quantization_mode", None, "text", aliases=("quantization_mode",)),
     # Devices.
     Option("tensor_parallel.enabled", True, "bool"),
     Option("tensor_parallel.tp_size", 1, "count", aliases=("mp_size",)),

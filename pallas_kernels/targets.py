@@ -319,8 +319,11 @@ def compile_for(
         # LLVM would not raise but abort the process.
         if target.major < 9 and "mosaic_gpu" in lowered.as_text():
             raise ValueError(f"Mosaic kernels need compute capability 9.0 or newer; {target.device_kind} has less")
-        # XLA takes its flags by name. The last is a pattern: newer versions dump PTX only where it asks for it.
-        options = {"xla_dump_to": os.fspath(dump_to), "xla_dump_emitter_re": "ptx"} if dump_to else None
+        # XLA takes its flags by name. Whatever the process has for programs on the CPU, kernels are optimized.
+        options: dict[str, Any] = {"xla_backend_optimization_level": 3}
+        if dump_to:
+            # A pattern: newer versions dump PTX only where it asks for it.
+            options |= {"xla_dump_to": os.fspath(dump_to), "xla_dump_emitter_re": "ptx"}
         with _without_cache(), _mosaic_dumps(dump_to):
             return lowered.compile(compiler_options=options)
 

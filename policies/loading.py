@@ -23,6 +23,7 @@ from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
 from dsjax.params import Params, flatten, leaf_dtype, leaf_sharding, leaf_specs, logical_axes, unflatten
 from dsjax.quantization import QuantizedArray, Recipe, Scheme
+from dsjax.quantization.rounding import Fit
 from dsjax.sharding import named_sharding
 from dsjax.watched import is_watched
 from policies.base import Leaf, Step, read_leaves
@@ -51,6 +52,7 @@ def load(
     tower: str | None = None,
     dtype: Any = None,
     quantize: Recipe | None = None,
+    fit: Fit = "nearest",
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | None = None,
 ) -> Params:
@@ -69,6 +71,7 @@ def load(
       quantize: `None` keeps tensors as the checkpoint holds them; `"none"` dequantizes everything to `dtype`. Else a
         scheme, such as `"int4"` or `"fp8"`, or a recipe, as for `dsjax.quantize`: leaves are quantized one by one as
         they come. `"q8_0"`, `"q4_0"` and `"q4_1"` leave matrices alone whose rows are no whole blocks of GGUF's.
+      fit: how scales are found for `quantize`: `"nearest"`, or `"hqq"`, whose error is smaller and which takes longer.
       mesh: devices to spread the leaves over by their logical axes; `None` takes the default device.
       progress: whether to show a bar with bytes a second; `None` shows it on a terminal or in a notebook when loading
         takes more than two seconds.
@@ -77,10 +80,10 @@ def load(
       The tree, not fused (see `dsjax.prepare`), on its devices.
 
     Raises:
-      ConfigError: the architecture, a config field, `config`, `dtype` or `quantize` is not supported.
+      ConfigError: the architecture, a config field, `config`, `dtype`, `quantize` or `fit` is not supported.
       CheckpointError: the checkpoint is missing, damaged, or does not fit its config.
     """
-    check_recipe(quantize)
+    check_recipe(quantize, fit)
     if dtype is not None:
         dtype = _checked_dtype(dtype)
     if (folder := _saved(model)) is not None:
@@ -98,7 +101,7 @@ def load(
 
     def read(step: Step) -> list[tuple[str, Leaf]]:
         return [
-            (path, _convert(leaf, path, dtype, schemes.get(path)))
+            (path, _convert(leaf, path, dtype, schemes.get(path), fit))
             for path, leaf in read_leaves([step], architecture, source)
         ]
 
@@ -109,7 +112,7 @@ def load(
                 path, leaf = pairs.pop()
                 placed = _place(leaf, quantize == "none", specs[path].axes, mesh)
                 if (to := schemes.get(path)) is not None and not _is_stored(placed, to):
-                    placed = quantized_in_pieces(placed, to, dtype, f"leaf '{path}'")
+                    placed = quantized_in_pieces(placed, to, fit, dtype, f"leaf '{path}'")
                     placed = jax.block_until_ready(
                         jax.device_put(placed, leaf_sharding(placed, specs[path].axes, mesh))
                     )
@@ -249,14 +252,15 @@ def _is_stored(leaf: Any, to: Scheme) -> bool:
     return isinstance(leaf, QuantizedArray) and leaf.scheme == to
 
 
-def _convert(leaf: Leaf, path: str, dtype: np.dtype, to: Scheme | None) -> Leaf:
+def _convert(leaf: Leaf, path: str, dtype: np.dtype, to: Scheme | None, fit: Fit) -> Leaf:
     """A leaf on the host in its final format, or, if it is quantized on the device, as it is."""
+    on_host = to is not None and to.name in KINDS and fit == "nearest"
     if isinstance(leaf, QuantizedArray):
-        if to is None or to == leaf.scheme or to.name not in KINDS:
+        if to is None or to == leaf.scheme or not on_host:
             return leaf.astype(dtype)
         return quantize_matrix(np.asarray(leaf.astype(np.float32).dequantize()), to.name).astype(dtype)
     if to is not None:
-        return quantize_matrix(leaf, to.name).astype(dtype) if to.name in KINDS else leaf
+        return quantize_matrix(leaf, to.name).astype(dtype) if on_host else leaf
     dtype = np.dtype(leaf_dtype(path, dtype))
     if leaf.dtype == dtype:
         return leaf

@@ -1,11 +1,21 @@
 """Fixtures shared by all tests; also where the tests' process is set up, before JAX starts."""
 
+import gc
+import importlib.metadata
 import os
 from pathlib import Path
 
+# Two devices for the sharding tests; everything else uses the first. Tests compile much and run little of it: without
+# LLVM's optimizations, and with the emitters that take least, compiling takes half to a quarter of the time.
+FLAGS = [
+    "--xla_force_host_platform_device_count=2",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_xnnpack=false",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Two devices for the sharding tests; everything else uses the first.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 from jaxtyping import install_import_hook
 
@@ -27,6 +37,10 @@ from policies.sources.hub import fetch_wheel_model
 MOST_MAPPINGS = 20_000  # after a module of tests; none adds more than as many again
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+
+# Tracing makes very many objects, which are all wanted: the collector should not look through them so often.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 # The same examples every time, so that a failure can be repeated; `--hypothesis-profile=random` looks for others.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -241,6 +241,10 @@ def test_info_of_quantized_weights(smollm2_path, capsys):
     assert "Q4_1" in dequantized and "apache-2.0" in dequantized
     assert cli.main(["info", str(smollm2_path), "--quantize", "keep", "--dtype", "bfloat16"]) == 0
     assert "96.5 MB in bfloat16\n" in capsys.readouterr().out
+    assert cli.main(["info", str(smollm2_path), "--quantize", "int8"]) == 0
+    assert "134.6 MB in float32, quantized to int8" in capsys.readouterr().out
+    assert cli.main(["info", str(smollm2_path), "--quantize", "int5"]) == 1
+    assert "quantize='int5' is not supported" in capsys.readouterr().err
 
 
 def test_quantized_weights_can_stay(smollm2_path):
@@ -261,8 +265,9 @@ def test_quantized_weights_can_stay(smollm2_path):
 def test_convert(model, params, capsys, tmp_path):
     out = tmp_path / "out"
     recipe = '{"embed": null, "*": "int8"}'
-    assert cli.main(["convert", model, str(out), "--quantize", recipe, "--dtype", "float32"]) == 0
-    jax.tree.map(np.testing.assert_array_equal, dsjax.load(out), dsjax.quantize(params, {"embed": None, "*": "int8"}))
+    assert cli.main(["convert", model, str(out), "--quantize", recipe, "--fit", "hqq", "--dtype", "float32"]) == 0
+    expected = dsjax.quantize(params, {"embed": None, "*": "int8"}, fit="hqq")
+    jax.tree.map(np.testing.assert_array_equal, dsjax.load(out), expected)
     assert dsjax.load_tokenizer(out).encode("a") == dsjax.load_tokenizer(model).encode("a")
     assert cli.main(["convert", model, str(out)]) == 1
     assert "is there already; remove it, or give --overwrite" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import dsjax.engine
 import policies
 from dsjax import memory, testing
 from dsjax.deepspeed import default_inference_config, init_inference
-from dsjax.errors import CheckpointError, ConfigError
+from dsjax.errors import CheckpointError, ConfigError, ParameterError
 from dsjax.params import flatten
 
 # What DeepSpeed 0.19 has where nothing is given, as its two configuration classes and their parts say.
@@ -56,6 +56,13 @@ DEEPSPEEDS_DEFAULTS = {
     "state_manager": {"offload": False},
     "quantization": {"quantization_mode": None},
 }
+
+
+SYMMETRIC = {"num_bits": 4, "group_size": 32, "symmetric": True}
+
+
+def post_init(groups):
+    return {"quant": {"weight": {"post_init_quant": groups}}}
 
 
 class Recorder:
@@ -261,9 +268,7 @@ def test_bad_values_are_refused(params, options, problem):
         {"injection_policy": {"Block": ("out",)}},
         {"injection_policy_tuple": ("out",)},
         {"quant": {"qkv": {"enabled": False}}},
-        {"quant": {"weight": {"post_init_quant": {"fc": {"num_bits": 4}}}}},
         {"state_manager": {"offload": True}},
-        {"quantization": {"quantization_mode": "wf6af16"}},
     ],
 )
 def test_what_would_change_results_is_refused(params, options):
@@ -328,6 +333,15 @@ def test_other_dtypes_are_refused(module, dtype):
         ({"quant": {"weight": {"num_bits": 4, "q_type": "asymmetric"}}}, "q4_1"),
         ({"quant": {"enabled": False, "weight": {"num_bits": 4}}}, None),
         ({"quant": {}}, None),
+        ({"quantization": {"quantization_mode": "wf6af16"}}, {"layers.*": "fp6"}),
+        (
+            {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 32, "group_dim": 1}}},
+            "int4_asym",
+        ),
+        (
+            {"quant": {"weight": {"post_init_quant": {"layers.0.self_attn.q_proj": SYMMETRIC, "self_attn": {}}}}},
+            {"layers.0.attention.q.": "int4", "attention": "int8_asym_g32"},
+        ),
     ],
 )
 def test_quantized_weights(module, options, scheme):
@@ -340,10 +354,20 @@ def test_quantized_weights(module, options, scheme):
         ({"quant": {"weight": {"num_bits": 6}}}, r"6 bits, .* there are 8 symmetric \(q8_0\), 4 symmetric"),
         ({"quant": {"weight": {"q_type": "asymmetric"}}}, "8 bits, q_type='asymmetric'"),
         ({"quant": {"weight": {"num_bits": 4}}, "dtype": "int8"}, "dtype=int8 and quant.weight.num_bits=4 contradict"),
+        ({"quantization_mode": "wf4"}, "quantization_mode='wf4' is not supported; there is wf6af16"),
+        (
+            {"quantization_mode": "wf6af16", "quant": {"weight": {"num_bits": 8}}},
+            "quantization_mode and .*num_bits: each",
+        ),
+        (post_init({"fc": {}}), "'fc' is in no name of a matrix, such as .*embed_tokens.weight"),
+        (post_init({"mlp": {"bits": 4}}), r"\['mlp'\]=.* should be an object of num_bits, group_size"),
+        (post_init({"mlp": {"num_bits": 6}}), "num_bits=6 should be 4 or 8"),
+        (post_init({"mlp": {"group_dim": 0}}), "group_dim=0 is not supported: groups are along rows"),
+        (post_init({"mlp": {"num_bits": 4, "group_size": 48}}), "groups of 48, which does not divide"),
     ],
 )
 def test_formats_that_are_not_there_are_refused(module, options, problem):
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises((ConfigError, ParameterError), match=problem):
         init_inference(module, options)
 
 

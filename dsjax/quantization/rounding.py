@@ -51,14 +51,23 @@ def quantize_array(
       ParameterError: the weight is not floating, is no matrix, or has rows that are not whole groups.
     """
     to = scheme(to)
-    if fit not in ("nearest", "hqq"):
-        raise ConfigError(f"fit={fit!r} is unknown; 'nearest' and 'hqq' are known")
-    if fit == "hqq" and to.scale_dtype in ("e8m0", "e4m3"):
-        raise ConfigError(f"fit='hqq': the scales of '{to.name}' are too coarse to be fitted; take fit='nearest'")
+    check_fit(to, fit)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ParameterError(f"{name} has dtype {weight.dtype}; quantize floating weights")
     to.check(weight.shape, name)
     return _quantize(weight, to, fit, jnp.dtype(dtype or weight.dtype))
+
+
+def check_fit(to: Scheme, fit: str) -> None:
+    """Refuse a fit that there is not, or that a scheme has no scales for.
+
+    Raises:
+      ConfigError: names what there is.
+    """
+    if fit not in ("nearest", "hqq"):
+        raise ConfigError(f"fit={fit!r} is unknown; 'nearest' and 'hqq' are known")
+    if fit == "hqq" and to.scale_dtype in ("e8m0", "e4m3"):
+        raise ConfigError(f"fit='hqq': the scales of '{to.name}' are too coarse to be fitted; take fit='nearest'")
 
 
 @functools.partial(jax.jit, static_argnames=("to", "fit", "dtype"))

@@ -18,6 +18,7 @@ from pallas_kernels.few_row_matmul.triton import ACTIVATIONS
 from pallas_kernels.grouped_matmul import triton_quantized
 from pallas_kernels.grouped_matmul.plan import EXPERT, ROWS, START, Plan
 from pallas_kernels.grouped_matmul.weights import QuantizedExperts
+from pallas_kernels.quantized_matmul.triton_tile import sums_of_products
 
 OP = "grouped_matmul"
 KIB = 2**10
@@ -96,10 +97,11 @@ def expected_busy(pairs: int, num_experts: int) -> int:
     return max(1, round(num_experts * (1 - (1 - 1 / num_experts) ** pairs)))
 
 
-def _default_sizes(plan, columns, weight, gated, busy, dtype, gpu):
+def default_sizes(block_rows, columns, weight, *, gated, busy, dtype, gpu):
+    """`block_sizes` of plain weights, or those of weights in few bits."""
     if isinstance(weight, QuantizedExperts):
-        return triton_quantized.block_sizes(plan.block_rows, columns, weight, gated=gated, busy=busy, gpu=gpu)
-    return block_sizes(plan.block_rows, columns, weight.shape[2], gated=gated, busy=busy, dtype=dtype, gpu=gpu)
+        return triton_quantized.block_sizes(block_rows, columns, weight, gated=gated, busy=busy, gpu=gpu)
+    return block_sizes(block_rows, columns, weight.shape[2], gated=gated, busy=busy, dtype=dtype, gpu=gpu)
 
 
 def matmul(x, weight, plan: Plan, *, gather, scatter, bias, activation, gated, scale, dtype, config=None):
@@ -121,7 +123,7 @@ def matmul(x, weight, plan: Plan, *, gather, scatter, bias, activation, gated, s
     config = (
         config
         or dispatch.tuned(OP, gpu, block_rows=plan.block_rows, **shape)
-        or _default_sizes(plan, columns, weight, gated, busy, x.dtype, gpu)
+        or default_sizes(plan.block_rows, columns, weight, gated=gated, busy=busy, dtype=x.dtype, gpu=gpu)
     )
     inputs = {"x": x, "order": plan.order, "blocks": plan.blocks, "bias": bias}
     inputs["scale"] = None if scale is None else scale.reshape(-1)
@@ -205,12 +207,20 @@ def _kernel(*refs, names, experts, format, block_m, block_n, block_k, gather, sc
         def load_x(k, is_inner=None):
             return _load(refs["x"].at[source[:, None], k[None, :]], is_loaded, is_inner)
 
-        of_tile = (refs, load_x, expert, weight_row, starts)
+        steps = pl.cdiv(inner, block_k) if format is None else refs["values"].shape[1]
+        steps = jnp.where(is_expert, jnp.int32(steps), jnp.int32(0))
         if format is None:
-            sums = _sums_of_products(*of_tile, inner=inner, block_m=block_m, block_k=block_k, is_expert=is_expert)
+            options = {"inner": inner, "block_m": block_m, "block_k": block_k, "steps": steps}
+            sums = _sums_of_products(refs, load_x, expert, weight_row, starts, **options)
         else:
-            options = {"format": format, "block_m": block_m, "swap": swap, "is_expert": is_expert}
-            sums = triton_quantized.sums_of_products(*of_tile, **options)
+            options = {
+                "format": format,
+                "block_m": block_m,
+                "swap": swap,
+                "steps": (jnp.int32(0), steps),
+                "least_group": 2 * block_m,
+            }
+            sums = sums_of_products(refs, load_x, weight_row, starts, lead=(expert,), **options)
         if "bias" in refs:
             biases = (pltriton.load(refs["bias"].at[expert, first + weight_row]) for first in starts)
             sums = [total + of_column(bias.astype(jnp.float32)) for total, bias in zip(sums, biases, strict=True)]
@@ -226,8 +236,8 @@ def _kernel(*refs, names, experts, format, block_m, block_n, block_k, gather, sc
         pltriton.store(refs["out"].at[of_row(place), of_column(column)], out, mask=mask)
 
 
-def _sums_of_products(refs, load_x, expert, weight_row, starts, *, inner, block_m, block_k, is_expert):
-    """Products of a block's rows with a tile of their expert's weights; see `triton_quantized.sums_of_products`."""
+def _sums_of_products(refs, load_x, expert, weight_row, starts, *, inner, block_m, block_k, steps):
+    """Products of a block's rows with a tile of their expert's plain weights; see `triton_tile.sums_of_products`."""
     precision = lax.Precision.HIGHEST if refs["x"].dtype == jnp.float32 else None
 
     def step(index, sums):
@@ -244,7 +254,6 @@ def _sums_of_products(refs, load_x, expert, weight_row, starts, *, inner, block_
         )
 
     zeros = jnp.zeros((block_m, weight_row.shape[0]), jnp.float32)
-    steps = jnp.where(is_expert, jnp.int32(pl.cdiv(inner, block_k)), jnp.int32(0))
     return lax.fori_loop(0, steps, step, (zeros,) * len(starts))
 
 

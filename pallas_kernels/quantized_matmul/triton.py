@@ -10,15 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import dispatch
 from pallas_kernels.compat import pl, pltriton, triton_call
 from pallas_kernels.few_row_matmul.triton import ACTIVATIONS
-from pallas_kernels.quantized_matmul import assembly, tiles
 from pallas_kernels.quantized_matmul.api import MAX_ROWS
-from pallas_kernels.quantized_matmul.decode import DTYPES, decode
-from pallas_kernels.quantized_matmul.formats import scale_numbers
+from pallas_kernels.quantized_matmul.decode import DTYPES
+from pallas_kernels.quantized_matmul.triton_tile import sums_of_products
 
 OP = "quantized_matmul"
 KIB = 2**10
@@ -147,124 +145,38 @@ def matmul(x, values, scales, zeros, minimums, tensor_scale, *, format, bias, ac
 
 def _kernel(x_ref, values_ref, scales_ref, *refs, names, format, block_m, block_n, splits, swap, activation):
     *refs, out_ref = refs
-    small = dict(zip(names, refs, strict=True))
-    (rows, inner), columns, units = x_ref.shape, out_ref.shape[-1], values_ref.shape[0]
-    width, unit = tiles.width_of(format, values_ref), inner // units
+    refs = dict(zip(names, refs, strict=True)) | {"x": x_ref, "values": values_ref, "scales": scales_ref}
+    rows, columns, units = x_ref.shape[0], out_ref.shape[-1], values_ref.shape[0]
     row, split = pl.program_id(0) * block_m + jnp.arange(block_m), pl.program_id(2)
     column = pl.program_id(1) * block_n + jnp.arange(block_n)
     # Past the last column, the last one again: loads of the weight need no mask.
     weight_row = column if columns % block_n == 0 else jnp.minimum(column, columns - 1)
     starts = (0,) if activation is None else (0, columns)
     is_row = None if rows % block_m == 0 else row[:, None] < rows
-    lane, words_each = jnp.arange(width), values_ref.shape[2] // width
 
-    def flat(vector):
-        """A number for each column, against the sums."""
-        return vector[:, None] if swap else vector[None, :]
+    def load_x(inner):
+        return _load(x_ref.at[row[:, None], inner[None, :]], is_row, (block_m, inner.shape[0]))
 
-    def multiply_add(a, b, c):
-        if dispatch.current_gpu() is None:
-            return a * b + c
-        return assembly.multiply_add(a, jnp.broadcast_to(b, a.shape), c)
-
-    def dot(x, weight):
-        left, right = (weight, x) if swap else (x, weight)
-        return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    def of_group(ref, group, start):
-        at = start + weight_row
-        block = 0 * at if format.rows is None else at if format.rows == 1 else at // format.rows
-        return ref[group, block]
-
-    zeros_ref, minimums_ref = small.get("zeros"), small.get("minimums")
-    has_float_zeros = zeros_ref is not None and jnp.issubdtype(zeros_ref.dtype, jnp.floating)
-    has_offset = minimums_ref is not None or has_float_zeros
-    # One scale a row is left to the end, if the sums of the groups need nothing else.
-    scales_last = format.group is None and not has_offset
-    group = inner if format.group is None else format.group
-    # The sums of a group are scaled, which costs by rows of `x`; or its weights, which does not, but rounds them.
-    on_sums = scales_last or group >= 2 * block_m * len(starts) or x_ref.dtype == jnp.float16
-    per_chunk = min(group, unit) // width  # planes that share a scale
-    chunks = range(unit // width // per_chunk)
-    in_steps = [ref for ref in (None if scales_last else scales_ref, zeros_ref, minimums_ref) if ref is not None]
-
-    def fetch(index):
-        """What goes with a step's groups, for each chunk and each start."""
-        found = []
-        for chunk in chunks:
-            at = index // (group // unit) if group >= unit else index * (unit // group) + chunk
-            found += [of_group(ref, at, start) for start in starts for ref in in_steps]
-        return tuple(found)
-
-    def add_chunk(total, chunk, words, xs, fetched):
-        """The sums with what the planes of one group add."""
-        scale = None if scales_last else _scale_numbers(next(fetched))
-        zeros = None if zeros_ref is None else next(fetched)
-        minimum = None if minimums_ref is None else next(fetched).astype(jnp.float32)
-        if scale is not None and zeros is not None and has_float_zeros:
-            minimum = -scale * zeros.astype(jnp.float32) + (0 if minimum is None else minimum)
-            zeros = None
-        planes = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        shift = None if zeros is None else zeros[:, None]
-        weights = [decode(words, plane, format, x_ref.dtype, shift) for plane in planes]
-        if scale is None or not on_sums:
-            for plane, weight in zip(planes, weights, strict=True):
-                if scale is not None:
-                    weight *= scale[:, None].astype(weight.dtype)
-                if minimum is not None:
-                    weight += minimum[:, None].astype(weight.dtype)
-                total += dot(xs[plane], weight)
-            return total
-        if minimum is not None:
-            ones = jnp.ones((block_n, width), x_ref.dtype)
-            total = multiply_add(sum(dot(xs[plane], ones) for plane in planes), flat(minimum), total)
-        here = sum(dot(xs[plane], weight) for plane, weight in zip(planes, weights, strict=True))
-        return multiply_add(here, flat(scale), total)
-
-    def step(index, carry):
-        sums, fetched = carry
-        # A step ahead, since these small loads do not go through the ring.
-        ahead = fetch(jnp.minimum(index + 1, units - 1))
-        x_at = [index * unit + plane * width + lane for plane in range(unit // width)]
-        xs = [_load(x_ref.at[row[:, None], at[None, :]], is_row, (block_m, width)) for at in x_at]
-        words = [
-            [values_ref[index, (start + weight_row)[:, None], (i * width + lane)[None, :]] for i in range(words_each)]
-            for start in starts
-        ]
-        fetched, sums = iter(fetched), list(sums)
-        for chunk in chunks:
-            for i in range(len(starts)):
-                sums[i] = add_chunk(sums[i], chunk, words[i], xs, fetched)
-        return tuple(sums), ahead
-
-    shape = (block_n, block_m) if swap else (block_m, block_n)
-    first, last = split * units // splits, (split + 1) * units // splits
-    sums, _ = lax.fori_loop(first, last, step, ((jnp.zeros(shape, jnp.float32),) * len(starts), fetch(first)))
-    if scales_last:
-        scales = (_scale_numbers(of_group(scales_ref, 0, start)) for start in starts)
-        sums = [total * flat(scale) for total, scale in zip(sums, scales, strict=True)]
-    if "tensor_scale" in small:
-        ref = small["tensor_scale"]
-        factors = (ref[0 * column if ref.shape[0] == 1 else start + weight_row, 0] for start in starts)
-        sums = [total * flat(factor) for total, factor in zip(sums, factors, strict=True)]
-    if "bias" in small:
-        biases = (small["bias"][start + weight_row].astype(jnp.float32) for start in starts)
-        sums = [total + flat(bias) for total, bias in zip(sums, biases, strict=True)]
+    sums = sums_of_products(
+        refs,
+        load_x,
+        weight_row,
+        starts,
+        format=format,
+        block_m=block_m,
+        swap=swap,
+        steps=(split * units // splits, (split + 1) * units // splits),
+        least_group=2 * block_m * len(starts),
+    )
+    if "bias" in refs:
+        biases = (refs["bias"][start + weight_row].astype(jnp.float32) for start in starts)
+        biases = (bias[:, None] if swap else bias[None, :] for bias in biases)
+        sums = [total + bias for total, bias in zip(sums, biases, strict=True)]
     out = sums[0] if activation is None else ACTIVATIONS[activation](sums[0]) * sums[1]
     at = (row[None, :], column[:, None]) if swap else (row[:, None], column[None, :])
     place = out_ref.at[at] if len(out_ref.shape) == 2 else out_ref.at[split, *at]
-    mask = jnp.broadcast_to((at[0] < rows) & (at[1] < columns), shape)
+    mask = jnp.broadcast_to((at[0] < rows) & (at[1] < columns), out.shape)
     pltriton.store(place, out.astype(out_ref.dtype), mask=mask)
-
-
-def _scale_numbers(scales):
-    if scales.dtype != jnp.float8_e4m3fn:
-        return scale_numbers(scales)
-    # Older GPUs have no conversion: with its sign and the rest moved to where float16 has them, a number is 256 times
-    # too small.
-    bits = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint16)
-    bits = (bits & 0x80) << 8 | (bits & 0x7F) << 7
-    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256
 
 
 def _load(at, mask, shape):

@@ -83,11 +83,14 @@ def test_recipes_are_those_of_quantize(save_hf, monkeypatch, recipe):
 def test_wrong_recipes_are_refused_before_reading(save_hf):
     folder, _ = save_hf("qwen2", dtype=torch.bfloat16)
     next(folder.glob("*.safetensors")).write_bytes(b"never looked at")
-    for recipe, message in (
-        ({"atention": "int4"}, "pattern 'atention' of the recipe matches no leaf; there are: .*attention"),
-        ({"norm": "int8"}, "asks for 'int8' for leaf .*norm.*which is no matrix"),
-        ("int4_g128", "groups of 128, which does not divide rows of .*; these would: .*int4"),
-        ("int5", "quantize='int5' is not supported"),
+    for recipe, fit, message in (
+        ({"atention": "int4"}, "nearest", "pattern 'atention' of the recipe matches no leaf; there are: .*attention"),
+        ({"norm": "int8"}, "nearest", "asks for 'int8' for leaf .*norm.*which is no matrix"),
+        ("int4_g128", "nearest", "groups of 128, which does not divide rows of .*; these would: .*int4"),
+        ("int5", "nearest", "quantize='int5' is not supported"),
+        ("int4", "best", "fit='best' is unknown; 'nearest' and 'hqq' are known"),
+        ({"mlp": "int4", "*": "mxfp4"}, "hqq", "scales of 'mxfp4' are too coarse to be fitted"),
+        (None, "hqq", "fit='hqq' is how weights are rounded; say to what with quantize="),
     ):
         with pytest.raises((ConfigError, ParameterError), match=message):
-            policies.load(folder, quantize=recipe)
+            policies.load(folder, quantize=recipe, fit=fit)
