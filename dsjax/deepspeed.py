@@ -17,7 +17,7 @@ from dsjax.deepspeed_options import defaults, read_json_object, read_options, un
 from dsjax.deepspeed_quantization import OPTIONS as QUANTIZATION
 from dsjax.deepspeed_quantization import recipe
 from dsjax.errors import CheckpointError, ConfigError
-from dsjax.params import Params
+from dsjax.params import Params, prepare_in_place
 from dsjax.tokenizer import Tokenizer, load_tokenizer
 from policies.sources import hub
 from policies.sources.hf_folder import HfFolder
@@ -80,8 +80,9 @@ def init_inference(
     warned of.
 
     Args:
-      model: parameters (`dsjax.Params`), or what `dsjax.load` takes: a hub id, a path, a live `transformers` model, or
-        a dictionary of arrays with the option `args`, which is its `ModelConfig` or what its config.json holds.
+      model: parameters (`dsjax.Params`), which are taken as they are (see `dsjax.prepare`); or what `dsjax.load` takes:
+        a hub id, a path, a live `transformers` model, or a dictionary of arrays with the option `args`, which is its
+        `ModelConfig` or what its config.json holds.
       config: nested options, or the path of a JSON file that holds them.
       tokenizer: or where one is; `None` takes that of the checkpoint, if it has one.
       **kwargs: options beside those in `config`.
@@ -107,6 +108,8 @@ def init_inference(
     tokenizer = found if tokenizer is None else tokenizer
     if options["save_mp_checkpoint_path"] is not None:
         checkpoint.save(params, options["save_mp_checkpoint_path"], tokenizer=tokenizer, overwrite=True)
+    if params is not model and "mesh" not in arguments:
+        params = prepare_in_place(params)
     engine = Engine(params, tokenizer, **arguments)
     least, room = options["min_out_tokens"], engine.sizes.pages * engine.sizes.page_size
     if room < least:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dsjax.engine import Engine, RequestOutput, SamplingParams
 from dsjax.errors import RequestError
+from dsjax.params import prepare_in_place
 from dsjax.tokenizer import Tokenizer
 
 try:
@@ -77,7 +78,8 @@ class DsjaxLM(LM):
             raise RequestError("model_args must say pretrained=PATH, a checkpoint that dsjax.load reads")
         path = options.pop("pretrained")
         loading = {name: options.pop(name) for name in ("dtype", "quantize") if name in options}
-        return cls(Engine(dsjax.load(path, **loading), dsjax.load_tokenizer(path), **options))
+        params = prepare_in_place(dsjax.load(path, **loading))
+        return cls(Engine(params, dsjax.load_tokenizer(path), **options))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None):

@@ -450,6 +450,31 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False, tile
     return unflatten(leaves, params.config)
 
 
+def prepare_in_place(params: Params, *, dequantize: bool = False) -> Params:
+    """`prepare` a layer at a time, for who owns the tree: there are never two copies of the model.
+
+    Args:
+      params: parameter tree, which is changed.
+      dequantize: as for `prepare`.
+
+    Returns:
+      The same tree.
+    """
+    one_layer = dataclasses.replace(params.config, num_layers=1, windows=())
+    layers = params["layers"]
+    for name in layers:
+        ready = _prepare_part({"layers": {"0": layers[name]}}, one_layer, dequantize)
+        layers[name] = jax.block_until_ready(ready["layers"]["0"])
+    for name in params.keys() - {"layers"}:
+        params[name] = _prepare_part({name: params[name]}, one_layer, dequantize)[name]
+    return params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dequantize"))
+def _prepare_part(part: dict[str, Any], config: ModelConfig, dequantize: bool) -> dict[str, Any]:
+    return dict(prepare(Params(part, config), dequantize=dequantize))
+
+
 def _tiled(path: str, leaf: Any, config: ModelConfig) -> Any:
     """A leaf for kernels: not those of which single rows are taken, nor what is spread over devices."""
     is_table = path == "embed.weight" and not config.tie_embeddings

@@ -14,7 +14,7 @@ import policies
 from dsjax import streaming
 from dsjax.config import ModelConfig
 from dsjax.errors import ConfigError
-from dsjax.params import Params, abstract, prepare
+from dsjax.params import Params, abstract, prepare, prepare_in_place
 from dsjax.ragged.state import Queue
 from dsjax.request import Capacity, request
 from dsjax.streaming import StreamStep
@@ -57,7 +57,7 @@ class Session:
         plain = self._quantize == "none"
         # Dequantizing as part of `prepare` reads and holds fewer bytes than doing it on loading.
         tree = policies.load(self._model, dtype=self._dtype, quantize=None if plain else self._quantize, progress=False)
-        return _prepare(Params(tree, self.config), dequantize=plain)
+        return prepare_in_place(Params(tree, self.config), dequantize=plain)
 
     @functools.cached_property
     def _shapes(self) -> Params:
@@ -130,20 +130,3 @@ def limit_context(config: ModelConfig, max_model_len: int | None) -> ModelConfig
     if max_model_len > config.max_context:
         raise ConfigError(f"max_model_len={max_model_len} is beyond the model's context of {config.max_context} tokens")
     return dataclasses.replace(config, max_context=max_model_len)
-
-
-def _prepare(params: Params, dequantize: bool) -> Params:
-    """`dsjax.prepare` in place, a layer at a time: there are never two copies of the model."""
-    one_layer = dataclasses.replace(params.config, num_layers=1, windows=())
-    layers = params["layers"]
-    for name in layers:
-        ready = _prepare_part({"layers": {"0": layers[name]}}, one_layer, dequantize)
-        layers[name] = jax.block_until_ready(ready["layers"]["0"])
-    for name in params.keys() - {"layers"}:
-        params[name] = _prepare_part({name: params[name]}, one_layer, dequantize)[name]
-    return params
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dequantize"))
-def _prepare_part(part: dict[str, Any], config: ModelConfig, dequantize: bool) -> dict[str, Any]:
-    return dict(prepare(Params(part, config), dequantize=dequantize))

@@ -345,7 +345,8 @@ def test_other_dtypes_are_refused(module, dtype):
     ],
 )
 def test_quantized_weights(module, options, scheme):
-    assert_equal_trees(init_inference(module, options).params, dsjax.load(module, quantize=scheme))
+    expected = dsjax.prepare(dsjax.load(module, quantize=scheme))
+    assert_equal_trees(init_inference(module, options).params, expected)
 
 
 @pytest.mark.parametrize(
@@ -383,13 +384,13 @@ def test_a_folder_brings_its_tokenizer(folder, module, tmp_path):
 
 def test_a_dictionary_comes_with_the_config_of_its_model(module):
     engine = init_inference(module.state_dict(), {"args": module.config})
-    assert_equal_trees(engine.params, dsjax.load(module))
+    assert_equal_trees(engine.params, dsjax.prepare(dsjax.load(module)))
 
 
 def test_a_checkpoint_in_place_of_the_models_weights(folder, module):
     with torch.device("meta"):
         empty = transformers.LlamaForCausalLM(module.config)
-    expected = dsjax.load(module)
+    expected = dsjax.prepare(dsjax.load(module))
     names = {"checkpoint": folder}, {"checkpoint": folder.name, "base_dir": str(folder.parent)}
     for options in (*names, {"checkpoint_config": {"checkpoint_dir": str(folder)}}):
         engine = init_inference(empty, options)

@@ -41,7 +41,8 @@ class Engine:
     state, and nothing global: several live side by side. Methods may be called from any thread.
 
     Args:
-      params: parameter tree, fused (`dsjax.prepare`) or not.
+      params: parameter tree, taken as it is. `dsjax.prepare` before makes it faster: it joins products, and lays out
+        quantized leaves for a GPU's kernels.
       tokenizer: for prompts that are text, and text that comes out.
       slots: sequences that run at once, default 16 on a CPU and 256 elsewhere.
       token_budget: tokens of a step that reads prompts, default 64 on a CPU and 512 elsewhere; at least `slots`.
