@@ -76,12 +76,32 @@ def fp8(weight, rng, block=(32, 32)):
     return {"weight": codes, "weight_scale_inv": scales}, codes.astype(np.float32) * each, parts
 
 
-def compressed_tensors(weight, rng):
-    """Asymmetric groups, zero points packed along the outputs."""
-    codes, scales, zeros, dequantized = integers(weight, 4, False, np.arange(weight.shape[1]) // GROUP)
+def compressed_tensors(weight, rng, act_order=False):
+    """Asymmetric groups, zero points packed along the outputs; with act-order, groups of columns that lie anywhere."""
+    groups = np.arange(weight.shape[1]) // GROUP
+    groups = rng.permutation(groups) if act_order else groups
+    codes, scales, zeros, dequantized = integers(weight, 4, False, groups)
     tensors = {"weight_packed": words(codes, 1, 4), "weight_zero_point": words(zeros, 0, 4)}
     tensors |= {"weight_scale": scales, "weight_shape": np.array(weight.shape)}
-    return tensors, dequantized, {"codes": codes, "scales": scales, "zeros": zeros}
+    parts = {"codes": codes, "scales": scales, "zeros": zeros}
+    if not act_order:
+        return tensors, dequantized, parts
+    order = np.argsort(groups, kind="stable")
+    parts |= {"codes": codes[:, order], "permutation": order}
+    return tensors | {"weight_g_idx": groups.astype(np.int32)}, dequantized, parts
+
+
+def fp8_blocks(weight, rng):
+    """As `fp8`, by compressed-tensors' names."""
+    tensors, dequantized, parts = fp8(weight, rng)
+    return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}, dequantized, parts
+
+
+def mxfp4_rows(weight, rng):
+    """As `mxfp4`, by compressed-tensors' names."""
+    tensors, dequantized, parts = mxfp4(weight, rng)
+    codes = nibbles(parts["codes"], "low")
+    return {"weight_packed": codes, "weight_scale": tensors["_scales"]}, dequantized, parts
 
 
 def w8a8(weight, rng):

@@ -33,6 +33,7 @@ MODULES |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]}
 ACT = functools.partial(packers.gptq, symmetric=False, act_order=True, version=2)
 CASES = {
     "gptq": (packers.gptq, GPTQ, "int4,scale_dtype=float16"),
@@ -45,6 +46,17 @@ CASES = {
     "awq": (packers.awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}, "int4_asym,scale_dtype=float16"),
     "fp8": (packers.fp8, FP8, "fp8_e4m3_rows32_g32"),
     "compressed-tensors": (packers.compressed_tensors, PACKED, "int4_asym,scale_dtype=float16"),
+    "compressed-tensors act-order": (
+        functools.partial(packers.compressed_tensors, act_order=True),
+        PACKED,
+        "int4_asym,scale_dtype=float16",
+    ),
+    "compressed-tensors fp8 blocks": (
+        packers.fp8_blocks,
+        PACKED | {"format": "float-quantized", "config_groups": {"group_0": {"weights": BLOCKS}}},
+        "fp8_e4m3_rows32_g32",
+    ),
+    "mxfp4": (packers.mxfp4_rows, PACKED | {"format": "mxfp4-pack-quantized"}, "mxfp4"),
     "w8a8": (packers.w8a8, PACKED | {"format": "int-quantized"}, "int8"),
     "nvfp4": (packers.nvfp4, PACKED | {"format": "nvfp4-pack-quantized"}, "nvfp4"),
     "nf4": (packers.nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nf4,scale_dtype=float32"),
