@@ -392,8 +392,9 @@ def _items(shrink: Callable[[Any], Any], tiny: bool) -> Iterator[Item]:
     eight = [f"llama-3.1-8b {name}" for name in ("qkv", "out", "gate_up", "down")]
     yield from (quantized(name, rows) for rows in (1, 16, 32, 64) for name in eight)
     yield from (quantized(name, rows, format) for format in ("int8", "fp6") for rows in (1, 32) for name in eight)
-    for model, tokens in (("mixtral-8x7b", 32), ("gpt-oss-20b", 32), ("qwen3-30b-a3b", 32), ("mixtral-8x7b", 1)):
+    for model, tokens in (("mixtral-8x7b", 32), ("qwen3-30b-a3b", 32), ("mixtral-8x7b", 1)):
         yield from (experts(model, name, tokens, kind) for kind in (False, True) for name in ("gate_up", "down"))
+    yield from (experts("gpt-oss-20b", name, 32) for name in ("gate_up", "down"))
     yield attention("decode", "llama-3.3-70b", 64)
     yield attention("decode", "llama-3.1-8b", 64, "int8")
     yield attention("decode", "llama-3.1-8b", 64, "float8_e4m3fn")

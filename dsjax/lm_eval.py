@@ -67,7 +67,8 @@ class DsjaxLM(LM):
         """The model that `model_args` of the harness describes.
 
         Args:
-          arg_dict: `pretrained` (a path or hub id), `dtype` and `quantize` are for `dsjax.load`, the rest for `Engine`.
+          arg_dict: `pretrained` (a path or hub id), `dtype`, `quantize` and `fit` are for `dsjax.load`, the rest for
+            `Engine`.
           additional_config: what the harness adds about batches and devices; an engine chooses those itself.
         """
         del additional_config
@@ -77,8 +78,10 @@ class DsjaxLM(LM):
         if "pretrained" not in options:
             raise RequestError("model_args must say pretrained=PATH, a checkpoint that dsjax.load reads")
         path = options.pop("pretrained")
-        loading = {name: options.pop(name) for name in ("dtype", "quantize") if name in options}
-        params = prepare_in_place(dsjax.load(path, **loading))
+        loading = {name: options.pop(name) for name in ("dtype", "quantize", "fit") if name in options}
+        params = dsjax.load(path, **loading)
+        if options.get("mesh") is None:  # what is laid out for kernels is not spread over devices
+            params = prepare_in_place(params)
         return cls(Engine(params, dsjax.load_tokenizer(path), **options))
 
     @classmethod
