@@ -12,6 +12,7 @@ from formats_in_numpy import dequantized, nearest, rounded, spread
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError, ParameterError
+from dsjax.layers.linear import linear
 from dsjax.quantization import SCHEMES, quantize_array, scheme
 
 FITTED = ["q4_0", "q4_1", "int4", "int4_asym_g64", "nf4", "int8"]
@@ -131,6 +132,20 @@ def test_as_deepspeed_asks_of_floats(name, rng):
     weight, to = rng.standard_normal((4, 1024)).astype(np.float32), scheme(name, group_size=128, scale_dtype="float32")
     found, wanted = dequantized(quantize_array(weight, to)), rounded(weight, to)
     assert abs(np.abs(found - weight).mean() - np.abs(wanted - weight).mean()) < 4e-4
+
+
+# test_quantized_linear_module: 37 tokens, its two sizes (the second one DeepSpeed refuses) and its bounds; and
+# test_fp8_gemm: 8192 x 4096 in groups of 128, relative error.
+@pytest.mark.parametrize("name, shape", [("fp6", (4096, 4096)), ("fp6", (1728, 4608)), ("fp8", (8192, 4096))])
+def test_as_deepspeed_asks_of_products(name, shape, rng):
+    to = scheme(name, group_size=128, scale_dtype="float32") if name == "fp8" else scheme(name)
+    weight = (rng.standard_normal(shape, np.float32) * shape[1] ** -0.5).astype(np.float16)
+    x = rng.standard_normal((37, shape[1]), np.float32).astype(np.float16)
+    leaf = quantize_array(jnp.asarray(weight), to)
+    found = np.asarray(jax.jit(linear)(jnp.asarray(x), {"weight": leaf}), np.float32)
+    exact = x.astype(np.float32) @ np.asarray(dequantized(leaf), np.float32).T
+    np.testing.assert_allclose(found, exact, rtol=3e-2, atol=2e-3)
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.004
 
 
 def test_leaves_are_quantized_anew(made):
