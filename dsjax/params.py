@@ -55,7 +55,7 @@ from flax import traverse_util
 from dsjax.config import Experts, Latent, ModelConfig, Patches
 from dsjax.errors import ParameterError
 from dsjax.inputs import is_traced
-from dsjax.quantization import QuantizedArray
+from dsjax.quantization import QuantizedArray, Recipe, quantize
 from dsjax.sharding import named_sharding
 from pallas_kernels.dispatch import prefers_kernels
 
@@ -414,13 +414,21 @@ def leaf_dtype(path: str, dtype: Any) -> Any:
     return jnp.float32 if path.endswith(".router.correction") else dtype
 
 
-def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False, tiled: bool | None = None) -> Params:
-    """Fuse q, k, v and gate, up of every layer, cast, and lay quantized leaves out for kernels.
+def prepare(
+    params: Params,
+    recipe: Recipe | None = None,
+    *,
+    dtype: Any = None,
+    dequantize: bool = False,
+    tiled: bool | None = None,
+) -> Params:
+    """Quantize if asked, fuse q, k, v and gate, up of every layer, cast, and lay quantized leaves out for kernels.
 
     Pure and jittable; gradients and new values pass through. A tree that is already fused is only cast.
 
     Args:
       params: parameter tree.
+      recipe: as for `dsjax.quantize`; `None` leaves weights as they are.
       dtype: floating dtype of every plain leaf (and of what quantized leaves stand for), or `None` to keep each; see
         `leaf_dtype`.
       dequantize: turn quantized leaves into plain ones.
@@ -429,7 +437,13 @@ def prepare(params: Params, *, dtype: Any = None, dequantize: bool = False, tile
 
     Returns:
       The fused tree, with the same config.
+
+    Raises:
+      ConfigError: as `dsjax.quantize`.
+      ParameterError: as `dsjax.quantize`.
     """
+    if recipe is not None:
+        params = quantize(params, recipe)
 
     def cast(path, leaf):
         if isinstance(leaf, QuantizedArray):

@@ -63,6 +63,14 @@ def test_prepare_changes_the_tree_and_not_the_model(tiny_params):
     assert dsjax.prepare(fused, dtype=jnp.bfloat16)["embed"]["weight"].dtype == jnp.bfloat16
 
 
+def test_prepare_with_a_recipe(tiny_params):
+    recipe = {"embed": None, "*": "int8"}
+    found = jax.jit(lambda params: dsjax.prepare(params, recipe))(tiny_params)
+    expected = jax.jit(lambda params: dsjax.prepare(dsjax.quantize(params, recipe)))(tiny_params)
+    chex.assert_trees_all_equal(found, expected)
+    assert isinstance(found["layers"]["0"]["attention"]["qkv"]["weight"], QuantizedArray)
+
+
 def test_gradients_pass_through_prepare(tiny_params):
     tokens = np.arange(20, dtype=np.int32)[None]
     through = jax.grad(lambda p: dsjax.score(dsjax.prepare(p), tokens).sum())(tiny_params)
