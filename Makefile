@@ -7,9 +7,9 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 ARGS ?=
 # Which tests run on the newest JAX, without torch: kernels, apart from the backends that are plain JAX and from what the
-# other JAX has shown: every kind of layer, and machine code for a second GPU.
+# other JAX has shown: every kind of layer, and programs for a second GPU.
 NEWEST_TESTS ?= tests/pallas_kernels tests/test_donation.py tests/test_kernels_in_model.py \
-	-k "not reference and not xla and not every_kind_of_layer and not (machine_code and a100)"
+	-k "not reference and not xla and not every_kind_of_layer and not ((machine_code or for_a_gpu) and a100)"
 
 # Through the environment and unexpanded, so that quotes and dollars in a prompt survive both make and the shell.
 export DSJAX_PROMPT := $(value PROMPT)

@@ -18,6 +18,7 @@ def test_committed_without_outputs(notebook):
 
 def test_runs_and_shows_pictures(notebook, smollm2_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")  # as users run it
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(PATH.parent.parent)}}
     )
