@@ -1,8 +1,10 @@
 """DeepSpeed's quantization options as a recipe for `dsjax.load`."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from dsjax.checkpoint import saved_folder
 from dsjax.errors import ConfigError
 from dsjax.params import leaf_specs
 from dsjax.quantization import Recipe, Scheme, scheme
@@ -67,6 +69,11 @@ def _scheme(name: str, group: Any) -> Scheme:
 
 def _by_module(groups: Mapping[str, Any], source: Any, described: Any) -> Recipe:
     """Leaves whose tensors have in their names what a group is for; the first group that does decides."""
+    if isinstance(source, str | os.PathLike) and saved_folder(source) is not None:
+        raise ConfigError(
+            f"quant.weight.post_init_quant: {source} was saved by dsjax.save and is loaded as it is; quantize the "
+            "checkpoint that it was made from"
+        )
     checkpoint = open_checkpoint(source, described)
     names: dict[str, list[str]] = {}
     for step in checkpoint.weights.fit(checkpoint.config, checkpoint.shapes(), checkpoint.origin):

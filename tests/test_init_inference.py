@@ -372,6 +372,13 @@ def test_formats_that_are_not_there_are_refused(module, options, problem):
         init_inference(module, options)
 
 
+def test_what_is_saved_is_not_quantized_again(params, tmp_path):
+    dsjax.save(params, tmp_path / "saved")
+    for options in (post_init({"mlp": {}}), {"quantization_mode": "wf6af16"}, {"dtype": "int8"}):
+        with pytest.raises(ConfigError, match="was saved by dsjax.save and is loaded as it is"):
+            init_inference(tmp_path / "saved", options)
+
+
 def test_a_folder_brings_its_tokenizer(folder, module, tmp_path):
     engine = init_inference(folder, dtype="fp32")
     assert engine.tokenizer.encode("é 🦊") == testing.tiny_tokenizer().encode("é 🦊")
