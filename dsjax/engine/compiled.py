@@ -131,15 +131,21 @@ class Programs:
             ),
         }
 
-    def warm_up(self, bar: tqdm | None = None, names: tuple[str, ...] | None = None) -> None:
+    def warm_up(
+        self, bar: tqdm | None = None, names: tuple[str, ...] | None = None, *, everything: bool = False
+    ) -> None:
         """Compile programs, by default all that ordinary requests need.
 
         Args:
           bar: shows how many are ready.
           names: which.
+          everything: all that there are, in place of `names`.
         """
-        if names is None:
-            names = _ALWAYS + (() if self.sizes.always_full else _RARE)
+        usual = _ALWAYS + (() if self.sizes.always_full else _RARE)
+        if everything:
+            names = tuple(name for name in self._jobs() if name in usual or name not in _RARE)
+        elif names is None:
+            names = usual
         with self._lock:
             missing = [name for name in names if name not in self._compiled]
             if not missing:

@@ -414,6 +414,10 @@ class Engine:
 
         save(self._core.params, path, tokenizer=self.tokenizer, overwrite=overwrite)
 
+    def warm_up(self) -> None:
+        """Compile now what few use, and what else waits for its first use: `put` and `flush`, processors, recovery."""
+        self._core.programs.warm_up(everything=True)
+
     # Parameters and memory.
 
     @property

@@ -49,7 +49,9 @@ def shared(params):
         padded[0, : len(text)] = text
         return np.asarray(logits(params, padded))[0, len(text) - count : len(text)]
 
-    return make_engine(params), expected
+    made = make_engine(params)
+    made.warm_up()
+    return made, expected
 
 
 @pytest.fixture
@@ -198,6 +200,19 @@ def test_random_calls(shared, engine):
     settings = hypothesis.settings(max_examples=40, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(Calls, settings=settings)
     assert occurred == set(SchedulingResult)
+
+
+def test_nothing_compiles_after_warming_up(engine):
+    before = engine.stats()["compilations"]
+    logits = engine.put([0, 1], [[1, 2, 3], [4]])
+    assert logits.shape == (2, VOCAB)
+    engine.flush(0)
+    engine.flush(1)
+    settings = SamplingParams(max_tokens=2, ignore_eos=True, logits_processor=lambda tokens, logits: logits)
+    assert len(engine.generate([[5, 6]], settings)[0].outputs[0].token_ids) == 2
+    engine.release()
+    engine.retake()
+    assert engine.stats()["compilations"] == before
 
 
 def test_numbers_of_the_original():
