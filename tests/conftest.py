@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 # Two devices for the sharding tests; everything else uses the first. Tests compile much and run little of it: without
-# LLVM's optimizations, and with the emitters that take least, programs of tiny models and of interpreted kernels compile
-# in half to a quarter of the time (those of a real model take about a third longer, and are few).
+# LLVM's optimizations, and with the emitters that take least, tiny models and interpreted kernels compile in half to a
+# quarter of the time (a real model takes about a third longer, and there are few).
 FLAGS = [
     "--xla_force_host_platform_device_count=2",
     "--xla_backend_optimization_level=0",
